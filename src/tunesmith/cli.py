@@ -1,0 +1,173 @@
+"""The command line: one command, one short function. Imports of torch wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+
+from . import __version__
+from .errors import TunesmithError
+from .recipe import Recipe, known_keys, load_recipe
+from .screen import Screen
+
+app = typer.Typer(
+    help="Fine-tune a language model on your own examples, and know whether it worked.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.epochs=2")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print results.json on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def run(
+    recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False, json_: Json = False, debug: Debug = False
+) -> None:
+    """Do the whole job; the same command goes on after a stop."""
+    from .pipeline.run import run as run_recipe
+    from .report.page import print_report
+    from .world import world_from_env
+
+    world = world_from_env()
+    screen = Screen(quiet=quiet or json_ or not world.leads)
+    folder = run_recipe(load_recipe(recipe, tuple(set_ or ())), world, screen=screen, root=recipe.parent)
+    if world.leads:
+        if json_:
+            print(folder.results.read_text(encoding="utf-8"), end="")
+        elif not quiet:
+            print_report(folder.path, Console())
+
+
+@app.command()
+def check(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    rows: Annotated[int, typer.Option(help="Rows to show.")] = 4,
+    debug: Debug = False,
+) -> None:
+    """Look at the data: what is kept and why, and which tokens are trained (green)."""
+    from .data.show import masked_text
+    from .model.load import load_vocabulary
+    from .pipeline.prepare import prepare
+
+    resolved = load_recipe(recipe, tuple(set_ or ()))
+    console = Console()
+    vocabulary = load_vocabulary(resolved.base)
+    for note in vocabulary.notes:
+        console.print(f"note: {note}")
+    prepared = prepare(resolved, vocabulary, Screen(console=console))
+    for example in prepared.train[:rows]:
+        console.rule(
+            f"row {example.id}: {int((example.weights > 0).sum())} of {len(example.tokens)} tokens trained", style="dim"
+        )
+        console.print(masked_text(example, vocabulary.tokenizer), soft_wrap=True)
+    for entry in prepared.ledger[:rows]:
+        console.print(f"{entry.action}: {entry.source}: {entry.reason} {entry.detail}", markup=False, highlight=False)
+    if len(prepared.ledger) > rows:
+        console.print(f"... and {len(prepared.ledger) - rows} more ledger entries", style="dim")
+
+
+@app.command()
+def plan(recipe: RecipePath, set_: Overrides = None, debug: Debug = False) -> None:
+    """Predict memory, time and FLOPs, and the smallest gain the test rows can show; trains nothing."""
+    from .pipeline.forecast import forecast
+    from .world import world_from_env
+
+    forecast(load_recipe(recipe, tuple(set_ or ())), world_from_env(), Screen(console=Console()))
+
+
+@app.command()
+def evaluate(
+    run_folder: RunPath,
+    data: Annotated[str, typer.Option(help="Rows to answer, in any layout the recipe reads.")],
+    update: Annotated[str, typer.Option(help="lora, full or base.")] = "",
+    debug: Debug = False,
+) -> None:
+    """Answer other rows with a run's model and grade them; prints JSON."""
+    from .pipeline.again import evaluate_again
+
+    print(json.dumps(evaluate_again(run_folder, data, update, Screen()), indent=1))
+
+
+@app.command()
+def compare(first: RunPath, second: RunPath, debug: Debug = False) -> None:
+    """Compare the tuned models of two runs on the test rows that both answered."""
+    from .pipeline.again import compare_runs
+
+    Screen(console=Console()).table(["metric", "first", "second", "first - second", "p"], compare_runs(first, second))
+
+
+@app.command()
+def report(run_folder: RunPath, debug: Debug = False) -> None:
+    """Write report.html again from the run folder and print the verdict."""
+    from .report.page import print_report, write_report
+
+    write_report(run_folder)
+    print_report(run_folder, Console())
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A run folder or any base model.", show_default=False)],
+    debug: Debug = False,
+) -> None:
+    """Talk to a tuned model in the terminal; an empty line ends."""
+    from .pipeline.again import chat_with
+
+    chat_with(model, Console())
+
+
+@app.command()
+def doctor(debug: Debug = False) -> None:
+    """Say what this machine can do and whether everything that Tunesmith needs is here."""
+    from .pipeline.health import examine
+
+    Screen(console=Console()).table(["", "", ""], examine())
+
+
+@app.command()
+def schema(keys: Annotated[bool, typer.Option("--keys", help="Names only.")] = False) -> None:
+    """Print the recipe's JSON Schema, or the names of its keys."""
+    print("\n".join(known_keys()) if keys else json.dumps(Recipe.model_json_schema(), indent=1))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def main() -> None:
+    """Entry point: every expected error is one message and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        app(standalone_mode=False)
+    except TunesmithError as error:
+        if "--debug" in sys.argv:
+            raise
+        errors.print("[bold red]error[/]", end=" ")
+        errors.print(str(error), markup=False, highlight=False)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        errors.print("stopped; run the same command to go on")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

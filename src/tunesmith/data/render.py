@@ -1,0 +1,119 @@
+"""Conversations become tokens and weights, through the model's own chat template.
+
+Train what is served: each trained answer's context is, token for token, what the server sends for the same turns. The
+answer and its end of turn are trained, nothing else. Turns of one conversation share an Example as long as that holds;
+where a template rewrites earlier turns, the later answer gets an Example of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import DataError
+from ..types import Conversation, Example, Message
+
+
+def prompt_tokens(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, object]] = ()
+) -> list[int]:
+    """What the model is served for these turns: template, then the opening of the assistant's turn."""
+    return _encode(tokenizer, _text(messages, tokenizer, tools, opens=True))
+
+
+def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[Example]:
+    """Examples of one conversation. Raises DataError naming the row when the template cannot hold it."""
+    if not conversation.messages:
+        return [_plain_text(conversation, tokenizer, eos_ids)]
+    examples: list[Example] = []
+    tokens: list[int] = []
+    weights: list[float] = []
+    for turn, message in enumerate(conversation.messages):
+        if message.role != "assistant":
+            continue
+        context = _rendered(conversation, turn, tokenizer)
+        answer = _answer(conversation, turn, tokenizer, eos_ids)
+        if context[: len(tokens)] != tokens:
+            examples.append(_example(tokens, weights, conversation, len(examples)))
+            tokens, weights = [], []
+        weights += [0.0] * (len(context) - len(tokens)) + [1.0] * len(answer)
+        tokens = context + answer
+    return [*examples, _example(tokens, weights, conversation, len(examples))]
+
+
+def _rendered(conversation: Conversation, turn: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    try:
+        return prompt_tokens(conversation.messages[:turn], tokenizer, conversation.tools)
+    except (jinja2.TemplateError, TypeError, KeyError) as error:
+        raise DataError(
+            f"the chat template cannot render this row: {error}",
+            where=conversation.source,
+            fix="Change the row's roles, or use a base model whose template knows them.",
+        ) from None
+
+
+def _answer(
+    conversation: Conversation, turn: int, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]
+) -> list[int]:
+    """Ids of one answer up to and with its end of turn; the end is added where the template has none."""
+    before = _text(conversation.messages[:turn], tokenizer, conversation.tools, opens=True)
+    try:
+        after = _text(conversation.messages[: turn + 1], tokenizer, conversation.tools, opens=False)
+    except (jinja2.TemplateError, TypeError, KeyError) as error:
+        raise DataError(
+            f"the chat template cannot render this row: {error}", where=conversation.source, fix="Check its roles."
+        ) from None
+    if not after.startswith(before):
+        raise DataError(
+            "the chat template writes the answer elsewhere than where the model would be asked for it",
+            where=conversation.source,
+            fix="Use a base model whose template ends the prompt where the answer begins.",
+        )
+    ids = _encode(tokenizer, after[len(before) :])
+    content = len(_encode(tokenizer, conversation.messages[turn].content)) if conversation.messages[turn].content else 0
+    ends = [place for place, token in enumerate(ids) if token in eos_ids and place + 1 >= content]
+    return ids[: ends[0] + 1] if ends else [*ids, eos_ids[0]]
+
+
+def _plain_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> Example:
+    tokens = [*_encode(tokenizer, conversation.text), eos_ids[0]]
+    return _example(tokens, [0.0] + [1.0] * (len(tokens) - 1), conversation, 0)
+
+
+def _example(tokens: list[int], weights: list[float], conversation: Conversation, part: int) -> Example:
+    return Example(
+        tokens=np.asarray(tokens, dtype=np.int64),
+        weights=np.asarray(weights, dtype=np.float32),
+        id=conversation.id if part == 0 else f"{conversation.id}/{part}",
+    )
+
+
+def _text(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[Mapping[str, object]],
+    *,
+    opens: bool,
+) -> str:
+    text = tokenizer.apply_chat_template(
+        [as_dict(message) for message in messages],
+        tools=[dict(tool) for tool in tools] or None,  # type: ignore[arg-type]
+        add_generation_prompt=opens,
+        tokenize=False,
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+
+
+def as_dict(message: Message) -> dict[str, Any]:
+    """A message as chat templates and JSON want it."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    return {**turn, "tool_calls": [dict(call) for call in message.tool_calls]} if message.tool_calls else turn

@@ -1,0 +1,144 @@
+"""Answers and their scores: one function for every arm, so that rows, decoding and grading are the same for all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from ..data.pack import pack_one
+from ..data.render import prompt_tokens, render
+from ..model.load import Model
+from ..model.sample import Sampling, sample
+from ..model.score import score
+from ..types import Conversation, Example, Grade, Item, Measurement, Message
+from .metrics import MODEL_METRICS
+from .systems import Prompting
+
+SCORE_TOKENS = 4096
+
+
+def measure(
+    model: Model,
+    prompting: Prompting,
+    items: Sequence[Item],
+    grades: dict[str, Grade],
+    how: Sampling,
+    *,
+    arm: str = "",
+    choices: Sequence[str] = (),
+    progress: Callable[[int], None] = lambda done: None,
+) -> Measurement:
+    """Ask the model every item under `prompting` and grade the answers; log-likelihood metrics need no answer.
+
+    `grades` maps metric names to functions. `completion_loss` (nats per token of the reference) and, where `choices` or
+    the items' own are given, `choice_accuracy` are computed from the model's probabilities.
+    """
+    start = time.monotonic()
+    prompts = [np.array(prompt_tokens(prompting.messages(item), model.tokenizer, item.tools)) for item in items]
+    completions = sample(model, prompts, how, progress)
+    answers = [completion.text.strip() for completion in completions]
+    seconds = time.monotonic() - start
+    scores = {
+        name: np.array(grade(items, answers), dtype=np.float64)
+        for name, grade in grades.items()
+        if name not in MODEL_METRICS
+    }
+    if "completion_loss" in grades:
+        scores["completion_loss"] = completion_losses(model, prompting, items)
+    if "choice_accuracy" in grades:
+        scores["choice_accuracy"] = choice_accuracies(model, prompting, items, choices)
+    return Measurement(
+        arm=arm or prompting.name,
+        ids=tuple(item.id for item in items),
+        answers=tuple(answers),
+        scores=scores,
+        prompt_tokens=np.array([len(prompt) for prompt in prompts]),
+        completion_tokens=np.array([len(completion.tokens) for completion in completions]),
+        seconds=seconds,
+    )
+
+
+def looked_up(arm: str, answers: Sequence[str], items: Sequence[Item], grades: dict[str, Grade]) -> Measurement:
+    """A Measurement of answers that no model gave: nearest neighbour, majority."""
+    scores = {
+        name: np.array(grade(items, answers), dtype=np.float64)
+        for name, grade in grades.items()
+        if name not in MODEL_METRICS
+    }
+    none = np.zeros(len(items), dtype=np.int64)
+    return Measurement(
+        arm=arm,
+        ids=tuple(item.id for item in items),
+        answers=tuple(answers),
+        scores=scores,
+        prompt_tokens=none,
+        completion_tokens=none,
+        seconds=0.0,
+    )
+
+
+def completion_losses(model: Model, prompting: Prompting, items: Sequence[Item]) -> np.ndarray:
+    """Mean negative log-likelihood of each reference answer, end of turn included, in nats per token."""
+    return -_log_likelihoods(model, [_answered(model, prompting, item, item.reference) for item in items], mean=True)
+
+
+def choice_accuracies(model: Model, prompting: Prompting, items: Sequence[Item], choices: Sequence[str]) -> np.ndarray:
+    """1 where the reference has the highest log-likelihood per token among the choices."""
+    options = [tuple(item.choices) or tuple(choices) for item in items]
+    examples = [
+        _answered(model, prompting, item, text) for item, texts in zip(items, options, strict=True) for text in texts
+    ]
+    flat = _log_likelihoods(model, examples, mean=True)
+    right, at = [], 0
+    for item, texts in zip(items, options, strict=True):
+        best = texts[int(np.argmax(flat[at : at + len(texts)]))]
+        right.append(float(best == item.reference))
+        at += len(texts)
+    return np.array(right)
+
+
+@torch.no_grad()
+def example_losses(model: Model, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+    """Per example: summed negative log-likelihood of its trained tokens in nats, and their number.
+
+    Neighbours share a forward pass, and with it the prefix that they have in common.
+    """
+    sums, counts = np.zeros(len(examples)), np.zeros(len(examples))
+    for run in _runs([len(example.tokens) for example in examples], SCORE_TOKENS if model.packs else 1):
+        batch = pack_one([examples[place] for place in run], share=model.packs)
+        log_probs = score(model, batch.to(model.device)).log_probs.double().cpu().numpy()
+        weights = batch.weights.numpy().astype(np.float64)
+        np.add.at(sums, np.array(run)[batch.owner.numpy()], -log_probs * weights)
+        np.add.at(counts, np.array(run)[batch.owner.numpy()], weights)
+    return sums, counts
+
+
+def _runs(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Consecutive places whose sizes add up to at most `budget`; a size over it stands alone."""
+    runs: list[list[int]] = []
+    room = 0
+    for place, size in enumerate(sizes):
+        if not runs or size > room:
+            runs.append([])
+            room = budget
+        runs[-1].append(place)
+        room -= size
+    return runs
+
+
+def _log_likelihoods(model: Model, examples: Sequence[Example], *, mean: bool) -> np.ndarray:
+    sums, counts = example_losses(model, examples)
+    return -sums / np.maximum(counts, 1) if mean else -sums
+
+
+def _answered(model: Model, prompting: Prompting, item: Item, answer: str) -> Example:
+    """The item's prompt with `answer` as the only scored turn."""
+    turns = (*prompting.messages(item), Message(role="assistant", content=answer))
+    row = Conversation(messages=turns, id=f"{item.id}:{answer}", source=item.id, tools=item.tools)
+    example = render(row, model.tokenizer, model.eos_ids)[-1]
+    last = int(np.flatnonzero(example.weights == 0)[-1])
+    weights = np.where(np.arange(len(example.weights)) > last, example.weights, 0).astype(np.float32)
+    return Example(tokens=example.tokens, weights=weights, id=row.id)

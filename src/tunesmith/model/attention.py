@@ -1,0 +1,140 @@
+"""Attention over a packed stream, plugged into any transformers model through its AttentionInterface.
+
+The model's layers see one row of T tokens. What may attend to what is decided here, per segment, by an `attend`
+argument that travels through the model's keyword arguments; no mask is ever built for the whole stream.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ..errors import ModelError
+from ..tensors import Layout
+
+NAME = "tunesmith_packed"
+
+
+class Attend(Protocol):
+    """How the queries of one layer meet keys and values. Heads first: H query heads, G groups of keys."""
+
+    def __call__(
+        self,
+        layer: int,
+        query: Float[Tensor, "H T D"],
+        key: Float[Tensor, "G T D"],
+        value: Float[Tensor, "G T D"],
+        scaling: float,
+        window: int | None,
+    ) -> Float[Tensor, "H T D"]:
+        """Attention output for every token of the stream."""
+        ...
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    attend: Attend | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls in every layer. Raises ModelError for attention it does not know."""
+    for unsupported in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(unsupported) is not None:
+            raise ModelError(f"packed attention does not know {unsupported!r}", fix="The plain path is used instead.")
+    if attend is None or query.shape[0] != 1:
+        raise ModelError("packed attention got a padded batch", fix="This is a bug; please report it.")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = attend(int(module.layer_idx), query[0], key[0], value[0], scale, sliding_window)  # type: ignore[arg-type]
+    return out.transpose(0, 1).unsqueeze(0), None
+
+
+def register() -> None:
+    """Tell transformers about `packed_attention`. Safe to call again."""
+    AttentionInterface.register(NAME, packed_attention)
+
+
+class PackedAttention:
+    """Causal attention inside each segment and to the segments it continues. Equal segments run as one batch.
+
+    `prefix(layer)`, if given, holds keys and values [G P D] of tokens before the stream that every segment continues.
+    """
+
+    def __init__(self, layout: Layout, prefix: Callable[[int], tuple[Tensor, Tensor]] | None = None) -> None:
+        self.prefix = prefix
+        groups: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
+        for segment, length in enumerate(layout.lengths):
+            groups[length, layout.ancestors(segment)].append(segment)
+        starts = layout.starts
+        self.groups = [
+            (length, [starts[s] for s in members], [(starts[p], layout.lengths[p]) for p in chain])
+            for (length, chain), members in groups.items()
+        ]
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """See Attend."""
+        out = torch.empty_like(query) if not torch.is_grad_enabled() else None
+        pieces: list[tuple[int, Tensor]] = []
+        before_key, before_value = self.prefix(layer) if self.prefix else (None, None)
+        for length, starts, chain in self.groups:
+            q, k, v = (_gather(x, starts, length) for x in (query, key, value))
+            k = _with_context(k, key, chain, before_key)
+            v = _with_context(v, value, chain, before_value)
+            result = causal_attention(q, k, v, scaling, window)
+            pieces += [(start, part) for start, part in zip(starts, result.unbind(0), strict=True)]
+        if out is not None:
+            for start, part in pieces:
+                out[:, start : start + part.shape[1]] = part
+            return out
+        return torch.cat([part for _, part in sorted(pieces, key=lambda piece: piece[0])], dim=1)
+
+
+def causal_attention(
+    query: Float[Tensor, "B H L D"],
+    key: Float[Tensor, "B G K D"],
+    value: Float[Tensor, "B G K D"],
+    scaling: float,
+    window: int | None = None,
+) -> Float[Tensor, "B H L D"]:
+    """Softmax attention of L queries over K >= L keys, the last L of which are the queries' own positions."""
+    length, total = query.shape[2], key.shape[2]
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if total == length and (window is None or window >= length):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    allowed = torch.ones(length, total, dtype=torch.bool, device=query.device).tril(total - length)
+    if window is not None:
+        allowed &= torch.ones_like(allowed).triu(total - length - window + 1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling)
+
+
+def _gather(x: Tensor, starts: list[int], length: int) -> Tensor:
+    """Segments of equal length as a batch [B heads L D]; a view when they lie side by side."""
+    first = starts[0]
+    if all(start == first + n * length for n, start in enumerate(starts)):
+        return x[:, first : first + len(starts) * length].unflatten(1, (len(starts), length)).transpose(0, 1)
+    return torch.stack([x[:, start : start + length] for start in starts])
+
+
+def _with_context(own: Tensor, stream: Tensor, chain: list[tuple[int, int]], before: Tensor | None) -> Tensor:
+    """`own` [B G L D] after what its segments continue: tokens before the stream, then the ancestors in it."""
+    parts = ([] if before is None else [before]) + [stream[:, start : start + length] for start, length in chain]
+    if not parts:
+        return own
+    context = torch.cat(parts, dim=1).unsqueeze(0).expand(own.shape[0], -1, -1, -1)
+    return torch.cat([context, own], dim=2)

@@ -1,0 +1,298 @@
+"""From a name to a model that can be trained: weights, tokenizer, template, and what the engine must know of them.
+
+Safetensors only, no code from the model's folder, and one probe: log-probabilities of packed rows must equal those of
+the model's own forward pass. An architecture that fails it is trained one example a row, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from ..errors import ModelError
+from ..folder import manifest_problem, sha256_file
+from ..tensors import Layout
+from ..world import World
+from .attention import NAME, PackedAttention, register
+from .builtin import builtin_model, cache_folder
+from .gguf import convert_gguf
+from .linear import Linear, use_fast_linear
+
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """What turns text into a model's tokens and back; all that looking at data needs."""
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+    context_tokens: int
+    folder: Path
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A causal language model, ready for the engine. `packs` says whether rows may share one stream."""
+
+    hf: PreTrainedModel
+    vocabulary: Vocabulary
+    packs: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer with its chat template."""
+        return self.vocabulary.tokenizer
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return self.vocabulary.eos_ids
+
+    @property
+    def body(self) -> nn.Module:
+        """Everything below the output layer."""
+        return self.hf.base_model
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output layer."""
+        head = self.hf.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        return head
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output layer's matrix, [V D]."""
+        return self.head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head_weight.device
+
+    @property
+    def parameters(self) -> int:
+        """Number of distinct weights of the base, adapters not counted."""
+        return sum(p.numel() for name, p in self.hf.named_parameters() if "lora_" not in name)
+
+    @property
+    def product_parameters(self) -> int:
+        """Weights that take part in a matrix product per token: linear layers and the head, not the embedding."""
+        linear = sum(m.weight.numel() for m in self.hf.modules() if isinstance(m, Linear) and m is not self.head)
+        return linear + self.head_weight.numel()
+
+
+def resolve(base: str) -> Path:
+    """The folder of a base model: a built-in name, a folder, a .gguf file, or a hub id fetched by transformers.
+
+    Raises ModelError when there is no such model, or its folder is not safe or not complete.
+    """
+    built_in = builtin_model(base)
+    if built_in is not None:
+        return built_in
+    path = Path(base).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError("no such file", where=base, fix="Give the path of an existing .gguf file.")
+        return _converted(path)
+    if path.is_dir():
+        return path
+    if path.suffix or base.count("/") != 1 or base.startswith((".", "/")):
+        raise ModelError(
+            "no such model folder",
+            where=f"base: {base}",
+            fix="Give a built-in name, a folder, a .gguf file or a hub id.",
+        )
+    return _from_hub(base)
+
+
+def _converted(path: Path) -> Path:
+    """The plain folder of a .gguf file, converted once per content."""
+    out = cache_folder() / f"gguf-{sha256_file(path)[:16]}"
+    return out if out.is_dir() and not manifest_problem(out, hashes=False) else convert_gguf(path, out)
+
+
+def load_vocabulary(base: str) -> Vocabulary:
+    """Tokenizer, template and end of turn of a base model, without its weights. Raises ModelError."""
+    folder = resolve(base)
+    check_folder(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        generation = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    except _UNREADABLE as error:
+        raise _unreadable(folder, error) from error
+    notes = []
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        notes.append(
+            "the model has no chat template; turns are joined by line ends, answers end with the end-of-text token"
+        )
+    named = [generation.eos_token_id if generation else None, tokenizer.eos_token_id, config.eos_token_id]
+    ids = [i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
+    if not ids:
+        raise ModelError(
+            "the model names no end-of-turn token", where=str(folder), fix="Set eos_token_id in generation_config.json."
+        )
+    return Vocabulary(
+        tokenizer=tokenizer,
+        eos_ids=tuple(dict.fromkeys(int(i) for i in ids)),
+        context_tokens=int(getattr(config, "max_position_embeddings", 2048)),
+        folder=folder,
+        notes=tuple(notes),
+    )
+
+
+def load(base: str, world: World, *, dtype: torch.dtype | None = None) -> Model:
+    """Load a base model for training on `world.device`. Raises ModelError with the file to look at."""
+    vocabulary = load_vocabulary(base)
+    register()
+    dtype = dtype or (torch.bfloat16 if world.device.type == "cuda" else torch.float32)
+    try:
+        with _without_loading_bars():
+            hf = AutoModelForCausalLM.from_pretrained(
+                vocabulary.folder, dtype=dtype, attn_implementation=NAME, trust_remote_code=False, use_safetensors=True
+            )
+    except _UNREADABLE as error:
+        raise _unreadable(vocabulary.folder, error) from error
+    hf.to(world.device)
+    hf.eval()
+    use_fast_linear(hf)
+    notes = list(vocabulary.notes)
+    difference = probe(hf, world.device)
+    packs = difference < (5e-2 if dtype == torch.bfloat16 else 1e-3)
+    if not packs:
+        hf.set_attn_implementation("sdpa")
+        notes.append(
+            f"{type(hf).__name__} answers differently when packed ({difference:.1e}); one example a row instead"
+        )
+    return Model(hf=hf, vocabulary=vocabulary, packs=packs, notes=tuple(notes))
+
+
+def _unreadable(folder: Path, error: Exception) -> ModelError:
+    first = str(error).strip().split("\n")[0]
+    return ModelError(
+        f"cannot load the model: {first}", where=str(folder), fix="Check that the folder is complete and undamaged."
+    )
+
+
+@contextmanager
+def _without_loading_bars() -> Iterator[None]:
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
+@torch.no_grad()
+def probe(hf: PreTrainedModel, device: torch.device) -> float:
+    """Largest difference in log-probability between three packed rows and the model's own forward pass.
+
+    The second row continues the first (a shared prompt); the third stands alone.
+    """
+    size = int(hf.get_output_embeddings().weight.shape[0])
+    generator = torch.Generator().manual_seed(0)
+    first, second, third = (torch.randint(0, size, (n,), generator=generator).to(device) for n in (7, 5, 9))
+    layout = Layout(lengths=(7, 5, 9), parents=(-1, 0, -1))
+    positions = torch.cat([torch.arange(7), torch.arange(7, 12), torch.arange(9)]).to(device)
+    try:
+        hidden = hf.base_model(
+            input_ids=torch.cat([first, second, third])[None],
+            position_ids=positions[None],
+            use_cache=False,
+            attend=PackedAttention(layout),
+        ).last_hidden_state[0]
+        packed = torch.log_softmax(hidden.float() @ hf.get_output_embeddings().weight.float().T, -1)
+        hf.set_attn_implementation("eager")
+        whole = [torch.cat([first, second]), third]
+        plain = torch.cat([hf(row[None], use_cache=False).logits[0] for row in whole])
+        difference = (packed - torch.log_softmax(plain.float(), -1)).abs().max()
+    except (ModelError, TypeError, RuntimeError, AttributeError):
+        return float("inf")
+    finally:
+        hf.set_attn_implementation(NAME)
+    return float(difference)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model folder that is incomplete or would run code. Raises ModelError."""
+    where = folder / "config.json"
+    try:
+        config = json.loads(where.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            "config.json is missing", where=str(folder), fix="Point base: at a whole transformers folder."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"config.json cannot be read: {error}", where=str(folder), fix="Fetch the model again."
+        ) from None
+    unsafe = [key for key in _keys(config) if key == "auto_map" or key.startswith("_attn_implementation")]
+    if unsafe:
+        raise ModelError(
+            f"config.json asks for {unsafe[0]!r}, which can run foreign code",
+            where=str(where),
+            fix="Use a model that transformers knows.",
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(
+            "there are no .safetensors weights",
+            where=str(folder),
+            fix="Convert the weights to safetensors; pickled weights are never opened.",
+        )
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ModelError(
+            "the tokenizer is missing", where=str(folder), fix="Copy the tokenizer's files into the folder."
+        )
+
+
+def _keys(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [str(key) for key in value] + [key for part in value.values() for key in _keys(part)]
+    return [key for part in value for key in _keys(part)] if isinstance(value, list) else []
+
+
+def _from_hub(base: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Path(
+                snapshot_download(base, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+            )
+    except Exception as error:  # the hub client raises many types; each means that the model cannot be had
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"cannot fetch from the hub: {reason}",
+            where=f"base: {base}",
+            fix="Check the name and the network, or give a local folder.",
+        ) from None

@@ -1,0 +1,140 @@
+"""Low-rank adaptation: y = W x + (alpha / rank) B A x, with W frozen (Hu et al. 2021, arXiv 2106.09685).
+
+The whole layer is one autograd function: no gradient of W is computed, nothing is copied, and the input is kept once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from .linear import Linear, product
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraShape:
+    """Resolved size of an adapter. `target` names linear layers; None means all but the head."""
+
+    rank: int
+    alpha: float
+    target: tuple[str, ...] | None = None
+    seed: int = 0
+
+
+class _LoraLinear(torch.autograd.Function):
+    """dX = dY W + s (dY B) A,  dA = s (dY B)^T X,  dB = s dY^T (X A^T)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        low = product(flat, a)
+        y = product(flat, weight).add_(product(low, b), alpha=scale)
+        if bias is not None:
+            y += bias
+        ctx.save_for_backward(flat, weight, a, b, low)
+        ctx.scale = scale
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, low = ctx.saved_tensors
+        gradient = grads[0].reshape(-1, weight.shape[0])
+        gradient_low = product(gradient, b.T).mul_(ctx.scale)
+        da = product(gradient_low.T, x.T)
+        db = product(gradient.T, low.T).mul_(ctx.scale)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = product(gradient, weight.T).add_(product(gradient_low, a.T))
+            dx = dx.view(*grads[0].shape[:-1], weight.shape[1])
+        return dx, None, None, da, db, None
+
+
+class LoraLinear(Linear):
+    """A frozen Linear with an adapter `lora_a` [rank in], `lora_b` [out rank]. `enabled` False gives the base."""
+
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    scale: float
+    enabled: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        """W x + scale B A x."""
+        if not self.enabled:
+            return super().forward(input)
+        return _LoraLinear.apply(input, self.weight, self.bias, self.lora_a, self.lora_b, self.scale)  # type: ignore[return-value]
+
+
+def attach_lora(module: nn.Module, shape: LoraShape, *, head: nn.Module | None = None) -> int:
+    """Freeze `module`, give its linear layers adapters in place, and return the number of trainable parameters.
+
+    `head`, the output layer, is left alone unless `shape.target` names it. Raises ModelError when nothing matches.
+    """
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    total = 0
+    for name, child in module.named_modules():
+        if not isinstance(child, Linear) or not _wanted(name, child, shape, head):
+            continue
+        child.__class__ = LoraLinear
+        assert isinstance(child, LoraLinear)
+        child.lora_a = nn.Parameter(_initial_a(name, child, shape))
+        child.lora_b = nn.Parameter(torch.zeros(child.out_features, shape.rank, device=child.weight.device))
+        child.scale, child.enabled = shape.alpha / shape.rank, True
+        total += child.lora_a.numel() + child.lora_b.numel()
+    if not total:
+        raise ModelError(
+            f"no linear layer is called {', '.join(shape.target or ())}",
+            where="lora.target",
+            fix=f"The model has: {', '.join(linear_names(module, head))}.",
+        )
+    return total
+
+
+def linear_names(module: nn.Module, head: nn.Module | None = None) -> list[str]:
+    """Last parts of the names of the linear layers, the head left out."""
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, child in module.named_modules()
+        if isinstance(child, Linear) and child is not head
+    }
+    return sorted(names)
+
+
+def lora_layers(module: nn.Module) -> dict[str, LoraLinear]:
+    """Adapted layers by name."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, LoraLinear)}
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """The base model inside the `with` block: the reference of RLHF, and the base arm of a comparison."""
+    layers = list(lora_layers(module).values())
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def _wanted(name: str, layer: nn.Module, shape: LoraShape, head: nn.Module | None) -> bool:
+    leaf = name.rsplit(".", 1)[-1]
+    return leaf in shape.target if shape.target else layer is not head
+
+
+def _initial_a(name: str, layer: Linear, shape: LoraShape) -> Tensor:
+    """Uniform in +-1/sqrt(in), as PEFT starts it; a function of the seed and the layer's name alone."""
+    digest = hashlib.blake2b(f"{shape.seed}:{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    bound = 1 / math.sqrt(layer.in_features)
+    a = torch.rand(shape.rank, layer.in_features, generator=generator) * (2 * bound) - bound
+    return a.to(layer.weight.device)

@@ -1,0 +1,297 @@
+"""Answers from the model: batched generation with a key-value cache, on the same weights and numerics as training.
+
+What all prompts begin with (a system prompt, instructions, shots) is computed once. Finished rows leave at once and the
+next prompts take their place. Greedy at temperature 0; otherwise row i's random numbers depend on (seed, i) alone, so
+the order in which rows are batched never changes what is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..tensors import Layout
+from ..types import Completion, Stop
+from .attention import PackedAttention
+from .linear import product
+from .load import Model
+
+PREFILL_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to draw answers. `batch` rows are decoded at once."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    batch: int = 32
+
+
+@dataclass(slots=True)
+class _Row:
+    """One answer in the making."""
+
+    place: int
+    uniforms: np.ndarray
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+
+
+class Cache:
+    """Keys and values: a prefix [G P D] common to all rows, and `rows` slots [rows G C D], the active ones first."""
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
+        self.prefix: dict[int, tuple[Tensor, Tensor]] = {}
+        self.slots: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Storage of one layer, made on first use in the shape of `like` [G T D]."""
+        if layer not in self.slots:
+            shape = (self.rows, like.shape[0], self.capacity, like.shape[-1])
+            self.slots[layer] = (like.new_zeros(shape), like.new_zeros(shape))
+        return self.slots[layer]
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a slot over another."""
+        for keys, values in self.slots.values():
+            keys[target], values[target] = keys[source], values[source]
+
+
+class _Prefill(PackedAttention):
+    """Packed attention that also files each segment's keys and values: in slots `first`..., or as the prefix."""
+
+    def __init__(self, cache: Cache, layout: Layout, first: int | None) -> None:
+        super().__init__(layout, cache.prefix.__getitem__ if cache.prefix else None)
+        self.cache, self.layout, self.first = cache, layout, first
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """See Attend."""
+        out = super().__call__(layer, query, key, value, scaling, window)
+        if self.first is None:
+            self.cache.prefix[layer] = (key.contiguous(), value.contiguous())
+            return out
+        keys, values = self.cache.layer(layer, key)
+        for n, (start, length) in enumerate(zip(self.layout.starts, self.layout.lengths, strict=True)):
+            keys[self.first + n, :, :length] = key[:, start : start + length]
+            values[self.first + n, :, :length] = value[:, start : start + length]
+        return out
+
+
+class _Decode:
+    """One new token for each of the first B slots, which hold `lengths` tokens each."""
+
+    def __init__(self, cache: Cache, lengths: Int[Tensor, "B"]) -> None:
+        self.cache, self.lengths = cache, lengths
+        self.rows = torch.arange(len(lengths), device=lengths.device)
+        self.longest = int(lengths.max()) + 1
+        self.unused = torch.arange(self.longest, device=lengths.device)[None] > lengths[:, None]
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """See Attend. Query heads that share keys are one matrix product."""
+        rows, groups = len(self.rows), key.shape[0]
+        keys, values = self.cache.layer(layer, key)
+        keys[self.rows, :, self.lengths] = key.transpose(0, 1)
+        values[self.rows, :, self.lengths] = value.transpose(0, 1)
+        keys, values = keys[:rows, :, : self.longest], values[:rows, :, : self.longest]
+        q = query.transpose(0, 1).reshape(rows, groups, -1, query.shape[-1]) * scaling
+        logits = (q @ keys.transpose(-1, -2)).masked_fill_(self.unused[:, None, None], float("-inf"))
+        before_keys, before_values = self.cache.prefix.get(layer, (None, None))
+        if before_keys is None or before_values is None:
+            out = torch.softmax(self._windowed(logits, 0, window), -1) @ values
+            return out.flatten(1, 2).transpose(0, 1)
+        length = before_keys.shape[1]
+        flat = q.transpose(0, 1).flatten(1, 2)
+        before = (flat @ before_keys.transpose(-1, -2)).unflatten(1, (rows, -1)).transpose(0, 1)
+        weights = torch.softmax(self._windowed(torch.cat([before, logits], -1), length, window), -1)
+        over_prefix = weights[..., :length].transpose(0, 1).flatten(1, 2) @ before_values
+        out = over_prefix.unflatten(1, (rows, -1)).transpose(0, 1) + weights[..., length:] @ values
+        return out.flatten(1, 2).transpose(0, 1)
+
+    def _windowed(self, logits: Tensor, prefix: int, window: int | None) -> Tensor:
+        if window is None or prefix + self.longest <= window:
+            return logits
+        place = torch.arange(logits.shape[-1], device=logits.device)
+        far = place[None] <= (prefix + self.lengths - window)[:, None]
+        return logits.masked_fill(far[:, None, None], float("-inf"))
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    prompts: Sequence[Int[np.ndarray, "P"]],
+    how: Sampling,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Completion]:
+    """One Completion for each prompt, in order. `progress` is told how many are finished."""
+    if not model.packs:
+        return [_sample_plainly(model, prompt, how, place) for place, prompt in enumerate(prompts)]
+    shared = _shared_prefix(prompts)
+    longest = max((len(prompt) - shared for prompt in prompts), default=0)
+    cache = Cache(min(how.batch, len(prompts)), longest + how.max_new_tokens)
+    if shared:
+        _forward(model, prompts[0][:shared], np.arange(shared), _Prefill(cache, _alone([shared]), None))
+    finished: list[Completion | None] = [None] * len(prompts)
+    waiting = list(range(len(prompts)))
+    active: list[_Row] = []
+    lengths: list[int] = []
+    while waiting or active:
+        free = cache.rows - len(active)
+        if waiting and (free >= max(1, cache.rows // 4) or not active):
+            new = _admit(model, cache, prompts, waiting, shared, how, active, lengths)
+        else:
+            new = _advance(model, cache, shared, how, active, lengths)
+        for row in new:
+            stop = _stopped(row, model, how)
+            if stop:
+                finished[row.place] = _completion(row, stop, model)
+                _leave(cache, active, lengths, active.index(row))
+                progress(len(prompts) - finished.count(None))
+    return [completion for completion in finished if completion is not None]
+
+
+def _admit(
+    model: Model,
+    cache: Cache,
+    prompts: Sequence[np.ndarray],
+    waiting: list[int],
+    shared: int,
+    how: Sampling,
+    active: list[_Row],
+    lengths: list[int],
+) -> list[_Row]:
+    """Prefill the next prompts into free slots, one stream for all, and draw their first tokens."""
+    places: list[int] = []
+    total = 0
+    while waiting and len(active) + len(places) < cache.rows:
+        size = len(prompts[waiting[0]]) - shared
+        if places and total + size > PREFILL_TOKENS:
+            break
+        places.append(waiting.pop(0))
+        total += size
+    own = [prompts[place][shared:] for place in places]
+    positions = np.concatenate([np.arange(shared, shared + len(tokens)) for tokens in own])
+    layout = _alone([len(tokens) for tokens in own])
+    hidden = _forward(model, np.concatenate(own), positions, _Prefill(cache, layout, len(active)))
+    ends = torch.tensor(np.cumsum(layout.lengths) - 1, device=hidden.device)
+    rows = [_Row(place, _uniforms(how, place)) for place in places]
+    active += rows
+    lengths += layout.lengths
+    _draw(product(hidden[ends], model.head_weight).float(), rows, how)
+    return rows
+
+
+def _advance(
+    model: Model, cache: Cache, shared: int, how: Sampling, active: list[_Row], lengths: list[int]
+) -> list[_Row]:
+    """Feed each active row its last token and draw the next."""
+    tokens = np.array([row.tokens[-1] for row in active])
+    held = torch.tensor(lengths, device=model.device)
+    hidden = _forward(model, tokens, np.array(lengths) + shared, _Decode(cache, held))
+    lengths[:] = [length + 1 for length in lengths]
+    _draw(product(hidden, model.head_weight).float(), active, how)
+    return list(active)
+
+
+def _forward(model: Model, tokens: np.ndarray, positions: np.ndarray, attend: object) -> Tensor:
+    out = model.body(
+        input_ids=torch.as_tensor(tokens, device=model.device)[None],
+        position_ids=torch.as_tensor(positions, device=model.device)[None],
+        use_cache=False,
+        attend=attend,
+    )
+    return out.last_hidden_state[0]
+
+
+def _draw(logits: Float[Tensor, "B V"], rows: Sequence[_Row], how: Sampling) -> None:
+    """Append one token and its log-probability to each row."""
+    total = torch.logsumexp(logits, -1)
+    if how.temperature == 0:
+        chosen = logits.argmax(-1)
+    else:
+        draws = torch.tensor([row.uniforms[len(row.tokens)] for row in rows], device=logits.device)
+        chosen = _inverse_cdf(torch.softmax(logits / how.temperature, -1), draws, how.top_p)
+    log_probs = logits.gather(1, chosen[:, None])[:, 0] - total
+    for row, token, log_prob in zip(rows, chosen.tolist(), log_probs.tolist(), strict=True):
+        row.tokens.append(token)
+        row.log_probs.append(log_prob)
+
+
+def _inverse_cdf(probabilities: Tensor, draws: Tensor, top_p: float) -> Tensor:
+    """Tokens at the quantiles `draws` of the nucleus: the most likely tokens that hold `top_p` of the mass."""
+    ordered, tokens = probabilities.sort(-1, descending=True, stable=True)
+    mass = ordered.cumsum(-1)
+    ordered = torch.where(mass - ordered < top_p, ordered, 0.0)
+    mass = ordered.cumsum(-1)
+    place = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True)
+    return tokens.gather(1, place.clamp_(max=tokens.shape[1] - 1))[:, 0]
+
+
+def _uniforms(how: Sampling, place: int) -> np.ndarray:
+    if how.temperature == 0:
+        return np.empty(0, dtype=np.float32)
+    return np.random.Generator(np.random.Philox(key=[how.seed, place])).random(how.max_new_tokens, dtype=np.float32)
+
+
+def _stopped(row: _Row, model: Model, how: Sampling) -> Stop | None:
+    if row.tokens[-1] in model.eos_ids:
+        return "end_of_turn"
+    return "length" if len(row.tokens) >= how.max_new_tokens else None
+
+
+def _leave(cache: Cache, active: list[_Row], lengths: list[int], place: int) -> None:
+    """Free a slot by moving the last active row into it."""
+    last = len(active) - 1
+    if place != last:
+        cache.move(last, place)
+        active[place], lengths[place] = active[last], lengths[last]
+    active.pop()
+    lengths.pop()
+
+
+def _completion(row: _Row, stop: Stop, model: Model) -> Completion:
+    shown = row.tokens[:-1] if stop == "end_of_turn" else row.tokens
+    return Completion(
+        tokens=np.array(row.tokens, dtype=np.int64),
+        log_probs=np.array(row.log_probs, dtype=np.float32),
+        text=str(model.tokenizer.decode(shown, skip_special_tokens=True)),
+        stop=stop,
+    )
+
+
+def _shared_prefix(prompts: Sequence[np.ndarray]) -> int:
+    """Tokens that all prompts begin with, short of the last of the shortest."""
+    if len(prompts) < 2:
+        return 0
+    shared = min(len(prompt) for prompt in prompts) - 1
+    for prompt in prompts[1:]:
+        differs = np.flatnonzero(prompts[0][:shared] != prompt[:shared])
+        shared = int(differs[0]) if len(differs) else shared
+    return shared
+
+
+def _alone(lengths: list[int]) -> Layout:
+    return Layout(lengths=tuple(lengths), parents=(-1,) * len(lengths))
+
+
+def _sample_plainly(model: Model, prompt: np.ndarray, how: Sampling, place: int) -> Completion:
+    """Recompute the whole row for each token: for architectures that cannot be packed."""
+    row = _Row(place, _uniforms(how, place))
+    while True:
+        tokens = torch.as_tensor([*prompt.tolist(), *row.tokens], device=model.device)[None]
+        _draw(model.hf(tokens, use_cache=False).logits[0, -1:].float(), [row], how)
+        stop = _stopped(row, model, how)
+        if stop:
+            return _completion(row, stop, model)

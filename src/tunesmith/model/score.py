@@ -1,0 +1,110 @@
+"""Log-probabilities of chosen tokens, without ever holding [tokens, vocabulary].
+
+The head runs at scored positions only, in tiles that fit the processor's cache. The gradient with respect to the
+hidden state is made in the forward pass while the tile is at hand: for log p(t) = z_t - logsumexp(z) with z = W h,
+d log p(t) / dh = W_t - sum_v softmax(z)_v W_v. The backward pass then only scales it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..tensors import Batch, Scores
+from .attention import PackedAttention
+from .linear import product
+from .load import Model
+
+TILE = 128
+WIDE_TILE = 1024
+
+
+def score(model: Model, batch: Batch) -> Scores:
+    """Log-probability in nats of each target of the batch."""
+    if not model.packs:
+        return Scores(log_probs=_score_plainly(model, batch))
+    hidden = hidden_states(model, batch)
+    return Scores(log_probs=target_log_probs(hidden, model.head_weight, batch.targets))
+
+
+def hidden_states(model: Model, batch: Batch) -> Float[Tensor, "S D"]:
+    """Final hidden state at each scored position of a packed batch."""
+    out = model.body(
+        input_ids=batch.tokens[None],
+        position_ids=batch.positions[None],
+        use_cache=False,
+        attend=PackedAttention(batch.layout),
+    )
+    return out.last_hidden_state[0].index_select(0, batch.index)
+
+
+def target_log_probs(
+    hidden: Float[Tensor, "S D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "S"]
+) -> Float[Tensor, "S"]:
+    """log softmax(hidden @ weight.T)[targets]."""
+    return _TargetLogProbs.apply(hidden, weight, targets)  # type: ignore[return-value]
+
+
+def all_log_probs(hidden: Float[Tensor, "S D"], weight: Float[Tensor, "V D"]) -> Float[Tensor, "S V"]:
+    """The whole distribution at each position, for KL and for sampling. No gradient."""
+    return torch.log_softmax(product(hidden.float(), weight.float()), dim=-1)
+
+
+class _TargetLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        log_probs = torch.empty(hidden.shape[0], device=hidden.device)
+        slope = torch.empty_like(hidden) if hidden.requires_grad else None
+        for rows in _tiles(hidden.shape[0], TILE):
+            tile, peak, mass = _exponentials(hidden[rows], weight)
+            chosen = weight.index_select(0, targets[rows])
+            logits = (hidden[rows] * chosen).sum(-1, dtype=torch.float32)
+            log_probs[rows] = logits - peak - mass.log()
+            if slope is not None:
+                mean = product(tile.to(weight.dtype), weight.T) / mass[:, None]
+                slope[rows] = chosen - mean.to(slope.dtype)
+        ctx.save_for_backward(slope, hidden if weight.requires_grad else None, weight, targets)
+        return log_probs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        slope, hidden, weight, targets = ctx.saved_tensors
+        gradient = grads[0]
+        d_hidden = None if slope is None else slope * gradient[:, None].to(slope.dtype)
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight)
+            for rows in _tiles(hidden.shape[0], WIDE_TILE):
+                tile, _, mass = _exponentials(hidden[rows], weight)
+                tile.mul_((-gradient[rows] / mass)[:, None])
+                tile.scatter_add_(1, targets[rows, None], gradient[rows, None])
+                d_weight += product(tile.T.to(weight.dtype), hidden[rows].T)
+        return d_hidden, d_weight, None
+
+
+def _exponentials(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logits - row maximum) in float32, the row maximum, and the row sum."""
+    logits = product(hidden, weight).float()
+    peak = logits.amax(-1)
+    tile = logits.sub_(peak[:, None]).exp_()
+    return tile, peak, tile.sum(-1)
+
+
+def _tiles(rows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _score_plainly(model: Model, batch: Batch) -> Tensor:
+    """One segment at a time through the model's own forward: for architectures that cannot be packed."""
+    starts, parts = batch.layout.starts, []
+    for segment, (start, length) in enumerate(zip(starts, batch.layout.lengths, strict=True)):
+        mine = (batch.index >= start) & (batch.index < start + length)
+        if batch.layout.parents[segment] >= 0 or not bool(mine.any()):
+            continue
+        logits = model.hf(batch.tokens[None, start : start + length], use_cache=False).logits[0]
+        chosen = torch.log_softmax(logits[batch.index[mine] - start].float(), -1)
+        parts.append(chosen.gather(1, batch.targets[mine, None])[:, 0])
+    return torch.cat(parts)

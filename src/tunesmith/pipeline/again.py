@@ -1,0 +1,151 @@
+"""A finished run, used again: answer other rows, compare it with another run, talk to it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ..data.curate import curate
+from ..data.read import items, read
+from ..data.render import prompt_tokens
+from ..data.split import Splits
+from ..errors import FolderError
+from ..evaluate.measure import measure
+from ..evaluate.metrics import find_metric
+from ..evaluate.stats import contrast, estimate
+from ..evaluate.systems import Prompting
+from ..folder import RunFolder, is_run_folder, read_json, read_jsonl, write_json
+from ..model.adapters import load_adapter
+from ..model.load import Model, load
+from ..model.sample import Sampling, sample
+from ..recipe import DataSpec, Recipe, load_recipe
+from ..screen import Screen
+from ..types import Conversation, Measurement, Message
+from ..world import World
+from .prepare import answer_room
+
+
+def open_model(name: str, world: World, update: str = "") -> Model:
+    """The tuned model of a run folder (its subject unless `update` says which), or any base model."""
+    path = Path(name)
+    if not is_run_folder(path):
+        return load(name, world)
+    folder, recipe = RunFolder(path=path), load_recipe(path / "recipe.yaml")
+    wanted = update or (read_json(folder.results)["subject"] if folder.results.is_file() else recipe.update[0])
+    if wanted == "base":
+        return load(recipe.base, world)
+    made = folder.adapter if wanted == "lora" else folder.model
+    if not made.is_dir():
+        raise FolderError(
+            f"the run has no {made.name}/",
+            where=name,
+            fix="Finish it with `tunesmith run`, or choose another --update.",
+        )
+    if wanted == "full":
+        return load(str(made), world)
+    model = load(recipe.base, world)
+    load_adapter(model, made)
+    return model
+
+
+def evaluate_again(run_folder: Path, data: str, update: str, screen: Screen) -> dict[str, Any]:
+    """Grade a run's model on other rows. Looking at the run's own test file counts as one more read of it."""
+    if not is_run_folder(run_folder):
+        raise FolderError(
+            "not a run folder", where=str(run_folder), fix="Give the folder that `tunesmith run` printed."
+        )
+    recipe = load_recipe(run_folder / "recipe.yaml")
+    model = open_model(str(run_folder), World(), update)
+    asked = items(_rows(data, recipe))
+    grades = {name: find_metric(name, recipe.task, run_folder) for name in [recipe.task.metric, *recipe.task.also]}
+    how = Sampling(
+        max_new_tokens=recipe.task.max_new_tokens or answer_room([item.reference for item in asked], model.vocabulary),
+        batch=recipe.evaluate.batch,
+    )
+    with screen.progress("answering", len(asked)) as tick:
+        found = measure(
+            model, Prompting(name="tuned"), asked, grades, how, choices=tuple(recipe.task.choices or ()), progress=tick
+        )
+    _count_read(RunFolder(path=run_folder), data, recipe)
+    level, seed = recipe.evaluate.level, recipe.evaluate.seed
+    return {
+        "data": data,
+        "rows": len(asked),
+        "metrics": {name: asdict(estimate(scores, level, seed)) for name, scores in found.scores.items()},
+    }
+
+
+def compare_runs(first: Path, second: Path) -> list[list[str]]:
+    """Paired differences of two runs' tuned models over the test rows that both answered, as table rows."""
+    a, b = _answers(first), _answers(second)
+    shared = [name for name in a if name in b]
+    if not shared:
+        raise FolderError(
+            "the two runs share no test row", where=f"{first}, {second}", fix="Give both the same test file."
+        )
+    rows = []
+    for metric in a[shared[0]]:
+        if metric in b[shared[0]]:
+            one, two = (_measurement(scores, shared, metric) for scores in (a, b))
+            found = contrast(one, two, metric)
+            d = found.difference
+            rows.append(
+                [
+                    metric,
+                    f"{one.scores[metric].mean():.4f}",
+                    f"{two.scores[metric].mean():.4f}",
+                    f"{d.value:+.4f} ({d.low:+.4f} to {d.high:+.4f}, n = {d.n})",
+                    f"{found.p_value:.2g}",
+                ]
+            )
+    return rows
+
+
+def chat_with(name: str, console: Console) -> None:
+    """Questions and answers in the terminal, with everything said so far as context."""
+    model = open_model(name, World())
+    turns: list[Message] = []
+    while question := console.input("[bold cyan]you[/] ").strip():
+        turns.append(Message(role="user", content=question))
+        prompt = np.array(prompt_tokens(turns, model.tokenizer))
+        (answer,) = sample(model, [prompt], Sampling(max_new_tokens=256))
+        console.print(answer.text, markup=False, highlight=False)
+        turns.append(Message(role="assistant", content=answer.text))
+
+
+def _rows(data: str, recipe: Recipe) -> list[Conversation]:
+    spec = DataSpec(train=data, layout=recipe.data.layout, columns=recipe.data.columns)
+    rows = tuple(row for row in read(data, spec) if isinstance(row, Conversation))
+    kept, _ = curate(Splits(train=rows, valid=(), test=()), spec)
+    return [row for row in kept.train if isinstance(row, Conversation)]
+
+
+def _count_read(folder: RunFolder, data: str, recipe: Recipe) -> None:
+    if folder.results.is_file() and data == recipe.data.test:
+        results = read_json(folder.results)
+        write_json(folder.results, {**results, "test_reads": results["test_reads"] + 1})
+
+
+def _answers(run_folder: Path) -> dict[str, dict[str, float]]:
+    folder = RunFolder(path=run_folder)
+    if not folder.results.is_file():
+        raise FolderError("the run has no results.json", where=str(run_folder), fix="Finish it with `tunesmith run`.")
+    subject = read_json(folder.results)["subject"]
+    return {line["id"]: line["scores"] for line in read_jsonl(folder.answers(subject))}
+
+
+def _measurement(scores: dict[str, dict[str, float]], ids: list[str], metric: str) -> Measurement:
+    nothing = np.zeros(len(ids), dtype=np.int64)
+    return Measurement(
+        arm="tuned",
+        ids=tuple(ids),
+        answers=("",) * len(ids),
+        scores={metric: np.array([scores[name][metric] for name in ids])},
+        prompt_tokens=nothing,
+        completion_tokens=nothing,
+        seconds=0.0,
+    )

@@ -1,0 +1,131 @@
+"""From measurements to a decision: estimates, paired contrasts, verdict, cost. Everything that results.json says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from ..evaluate.forgetting import General
+from ..evaluate.metrics import higher_is_better
+from ..evaluate.stats import contrast, decide, estimate
+from ..recipe import Recipe
+from ..report.cost import lora_versus_full, savings
+from ..types import Contrast, Estimate, Measurement
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forgetting:
+    """General ability of one tuned model beside its base, item by item."""
+
+    before: General
+    after: General
+    kl: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """All that was measured, before it becomes results.json."""
+
+    measurements: Mapping[str, Measurement]
+    trained: Mapping[str, Mapping[str, Any]]
+    forgetting: Mapping[str, Forgetting]
+    best_prompted: str
+    shots: int
+    subject: str
+    product_parameters: int
+    facts: Mapping[str, Any]
+
+
+def conclude(recipe: Recipe, found: Findings) -> dict[str, Any]:
+    """The content of results.json."""
+    level, seed, metric = recipe.evaluate.level, recipe.evaluate.seed, recipe.task.metric
+    contrasts = _contrasts(recipe, found)
+    lost = {arm: _forgetting(recipe, measured) for arm, measured in found.forgetting.items()}
+    arms = {
+        name: _arm(measurement, found.trained.get(name), level, seed)
+        for name, measurement in found.measurements.items()
+    }
+    deciding = next(c for c in contrasts if (c.a, c.b, c.metric) == (found.subject, found.best_prompted, metric))
+    own = {name: Estimate(**arms[name]["metrics"][metric]) for name in (found.subject, found.best_prompted)}
+    rise = lost[found.subject]["general_loss"]["change"] if found.subject in lost else None
+    verdict = decide(
+        deciding,
+        Estimate(**rise) if rise else None,
+        recipe.evaluate.forgetting_limit,
+        tuned=own[found.subject],
+        prompted=own[found.best_prompted],
+    )
+    results = {
+        "schema": SCHEMA,
+        "tunesmith": __version__,
+        "base": recipe.base,
+        "task": {"metric": metric, "instructions": recipe.task.instructions},
+        "verdict": asdict(verdict),
+        "subject": found.subject,
+        "best_prompted": found.best_prompted,
+        "few_shot": {"k": found.shots},
+        "arms": arms,
+        "contrasts": [asdict(one) for one in contrasts],
+        "forgetting": lost,
+        "savings": savings(arms, found.subject, found.best_prompted, found.product_parameters),
+        "plan": {name: _against_plan(train) for name, train in found.trained.items()},
+        "test_reads": 1,
+        **found.facts,
+    }
+    if {"lora", "full"} <= set(found.trained):
+        scores = {
+            name: found.measurements[name].scores[metric].tolist() for name in ("lora", "full", found.best_prompted)
+        }
+        lower = not higher_is_better(metric)
+        results["lora_versus_full"] = lora_versus_full(
+            arms, scores, found.best_prompted, lower_is_better=lower, level=level, seed=seed
+        )
+    return results
+
+
+def _contrasts(recipe: Recipe, found: Findings) -> list[Contrast]:
+    """Each tuned arm minus every other arm, on each metric that both have."""
+    rows = []
+    for tuned in found.trained:
+        others = [
+            name for name in found.measurements if name != tuned and (name not in found.trained or tuned == "lora")
+        ]
+        for other in others:
+            a, b = found.measurements[tuned], found.measurements[other]
+            shared = [metric for metric in a.scores if metric in b.scores]
+            rows += [contrast(a, b, metric, recipe.evaluate.level, recipe.evaluate.seed) for metric in shared]
+    return rows
+
+
+def _arm(measurement: Measurement, train: Mapping[str, Any] | None, level: float, seed: int) -> dict[str, Any]:
+    arm: dict[str, Any] = {
+        "metrics": {name: asdict(estimate(scores, level, seed)) for name, scores in measurement.scores.items()},
+        "prompt_tokens_per_request": float(measurement.prompt_tokens.mean()),
+        "completion_tokens_per_request": float(measurement.completion_tokens.mean()),
+        "seconds": measurement.seconds,
+    }
+    return {**arm, "train": {key: value for key, value in train.items() if key != "predicted"}} if train else arm
+
+
+def _forgetting(recipe: Recipe, found: Forgetting) -> dict[str, Any]:
+    level, seed = recipe.evaluate.level, recipe.evaluate.seed
+
+    def beside(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray) -> dict[str, Any]:
+        values = {"before": before, "after": after, "change": np.asarray(after) - np.asarray(before)}
+        return {name: asdict(estimate(np.asarray(numbers), level, seed)) for name, numbers in values.items()}
+
+    measures = {"general_loss": beside(found.before.losses, found.after.losses)}
+    if len(found.before.correct):
+        measures["general_accuracy"] = beside(found.before.correct, found.after.correct)
+    return {**measures, "kl_from_base": {"after": asdict(estimate(found.kl, level, seed))}}
+
+
+def _against_plan(train: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("seconds", "peak_memory_bytes", "flops")
+    return {"predicted": train["predicted"], "measured": {key: train[key] for key in keys}}

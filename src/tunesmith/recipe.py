@@ -1,0 +1,219 @@
+"""The recipe: what to tune, on which rows, judged how. Unknown keys are errors that name the nearest key.
+
+Six small specs. A `None` means "derive it from the model and the data"; `train/plan.py` derives, prints the value with
+its reason, and the resolved recipe is saved in the run folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import RecipeError
+
+Layout = Literal["auto", "prompt_completion", "messages", "instruction", "text", "preference"]
+Method = Literal["sft", "reward", "dpo", "ppo", "grpo"]
+Update = Literal["lora", "full"]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Spec(BaseModel):
+    """A frozen group of recipe keys; a key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSpec(Spec):
+    """Where rows come from and which of them are kept."""
+
+    train: str = Field(description="a file (.jsonl .json .csv .parquet, also .gz), a hub id, or builtin:NAME")
+    valid: Fraction | str = Field(0.1, description="a fraction of train, or a file")
+    test: Fraction | str = Field(0.1, description="a fraction of train, or a file")
+    layout: Layout = Field("auto", description="how columns form a row; found from their names unless given")
+    columns: dict[str, str] = Field(default_factory=dict, description="our name: your column, e.g. prompt: question")
+    rows: int | None = Field(None, gt=0, description="read at most this many rows of train")
+    max_tokens: int | None = Field(
+        None, gt=1, description="longest example in tokens; the model's context unless given"
+    )
+    overlong: Literal["error", "drop"] = Field("error", description="what to do with rows over max_tokens")
+    conflicts: Literal["drop", "flag"] = Field("drop", description="same prompt, different completions: keep the first")
+    near_duplicates: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.9, description="Jaccard similarity of word 3-grams over which two rows count as one; 1 turns it off"
+    )
+    seed: int = Field(0, description="changes which rows fall into which split")
+
+
+class TaskSpec(Spec):
+    """What is asked of the model and how an answer is graded."""
+
+    instructions: str = Field(
+        "", description="what a person would tell the base model; the tuned model does without it"
+    )
+    shots: int = Field(5, ge=0, le=32, description="most examples the few-shot baseline may show (chosen on valid)")
+    metric: str = Field("exact_match", description="the metric that decides: a name or file.py:function")
+    also: list[str] = Field(default_factory=list, description="further metrics to report")
+    pattern: str | None = Field(None, description="regular expression for metric regex")
+    choices: list[str] | None = Field(None, description="closed list of answers, for choice_accuracy")
+    max_new_tokens: int | None = Field(None, gt=0, description="longest answer in tokens; from the data unless given")
+
+
+class TrainSpec(Spec):
+    """How long and how fast to train. Everything left out is derived and printed."""
+
+    epochs: float | None = Field(None, gt=0, description="passes over the training rows")
+    learning_rate: float | None = Field(None, gt=0, lt=1, description="peak learning rate of every update")
+    batch: int | None = Field(None, gt=0, description="examples per optimizer step")
+    microbatch_tokens: int | None = Field(None, gt=0, description="tokens in one forward pass")
+    warmup: Fraction = Field(0.05, description="fraction of steps with rising learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    evaluations: int = Field(4, ge=1, description="how often to look at the validation rows")
+    patience: int = Field(3, ge=1, description="stop after this many evaluations without improvement")
+    max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps")
+    seed: int = 0
+
+
+class LoraSpec(Spec):
+    """Low-rank adaptation of all linear layers (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int | None = Field(None, gt=0, le=1024, description="width of the adapter; from trained tokens unless given")
+    alpha: float = Field(32.0, gt=0, description="scale: the update is alpha / rank * B A x")
+    learning_rate: float | None = Field(None, gt=0, lt=1, description="overrides train.learning_rate for lora")
+    target: list[str] | None = Field(None, description="names of linear layers; all but the head unless given")
+
+
+class EvaluateSpec(Spec):
+    """What is measured before and after, and how surely."""
+
+    rows: int | None = Field(None, gt=0, description="use at most this many test rows")
+    valid_rows: int = Field(128, gt=0, description="validation rows looked at during training and prompt selection")
+    level: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    seed: int = 0
+    batch: int = Field(32, gt=0, description="answers generated at once")
+    forgetting: bool = Field(True, description="measure general ability before and after")
+    retention: str | None = Field(None, description="a multiple-choice file (prompt, choices, answer) for forgetting")
+    forgetting_limit: float = Field(0.2, gt=0, description="largest acceptable rise of general loss, nats per token")
+
+
+class Recipe(Spec):
+    """One run: base model, data, task, method."""
+
+    base: str = Field("smollm2-135m-instruct", description="a built-in name, a hub id, a folder, or a .gguf file")
+    data: DataSpec
+    task: TaskSpec = TaskSpec()
+    method: Method = "sft"
+    update: list[Update] = Field(default_factory=lambda: ["lora"], description="lora, full, or both to compare them")
+    train: TrainSpec = TrainSpec()
+    lora: LoraSpec = LoraSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    out: str | None = Field(None, description="run folder; runs/<recipe name> unless given")
+
+    @field_validator("update", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("update")
+    @classmethod
+    def _each_once(cls, value: list[Update]) -> list[Update]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("name lora, full, or each of them once")
+        return value
+
+
+def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a YAML recipe and apply `key.sub=value` overrides.
+
+    Raises RecipeError that names the file and key, and the nearest known key for an unknown one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError("no such recipe", where=str(path), fix="Give the path of a YAML recipe; see recipes/.")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"not valid YAML: {error}", where=str(path), fix="Mend the line named above.") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            "a recipe is a mapping of keys", where=str(path), fix="Start from recipes/legal_citations.yaml."
+        )
+    for override in overrides:
+        _apply(raw, override)
+    recipe = parse_recipe(raw, where=str(path))
+    return recipe.model_copy(update={"out": recipe.out or f"runs/{path.stem}"})
+
+
+def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a mapping. Raises RecipeError with the key, the reason and the nearest known key."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML text, every key present."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one dotted key in `raw` from `key=value`; the value is read as YAML."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"cannot read the override {override!r}", where="--set", fix="Write --set train.epochs=2.")
+    *parents, leaf = key.strip().split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"{parent!r} holds a value, not keys", where=f"--set {key}", fix="Check the dotted name.")
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(
+            f"cannot read the value {value!r}", where=f"--set {key}", fix="Quote it as in YAML."
+        ) from None
+    if isinstance(node[leaf], str):
+        node[leaf] = _number(node[leaf])
+
+
+def _number(text: str) -> float | str:
+    """YAML reads `1e-3` as text; a number is what was meant."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def known_keys(spec: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Every dotted key of the recipe."""
+    keys = []
+    for name, info in spec.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Spec):
+            keys += known_keys(info.annotation, prefix + name + ".")
+    return keys
+
+
+def _explain(error: ValidationError, where: str) -> RecipeError:
+    problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"] if isinstance(part, (str, int))]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        names = known_keys()
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
+        same_leaf = [name for name in names if name.split(".")[-1] == location[-1]]
+        guess = (same_leaf or near or [""])[0]
+        fix = f"Did you mean {guess!r}?" if guess else "See `tunesmith schema` for the known keys."
+        return RecipeError(f"unknown key {key!r}", where=where, fix=fix)
+    if problem["type"] == "missing":
+        return RecipeError(f"the key {key!r} is missing", where=where, fix=f"Add {key}: ... to the recipe.")
+    given = problem.get("input")
+    return RecipeError(
+        f"{key} = {given!r}: {problem['msg']}", where=where, fix=f"Change {key}; see `tunesmith schema`."
+    )

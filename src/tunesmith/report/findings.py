@@ -1,0 +1,162 @@
+"""What the run found, in sentences: the same words head the page and the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..types import Estimate
+from . import words
+from .record import RunRecord, as_estimate, is_number, part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """A number of the first screen: what it is, the number, and what it rests on."""
+
+    label: str
+    value: str
+    note: str
+
+
+def decision(run: RunRecord) -> str:
+    """`ship`, `do not ship` or `not shown`; the last where the run recorded no verdict."""
+    return str(part(run.results, "verdict", "decision") or "not shown")
+
+
+def reasons(run: RunRecord) -> list[str]:
+    """The sentences recorded with the verdict."""
+    recorded = part(run.results, "verdict", "reasons") or []
+    return [str(reason) for reason in recorded] or ["The run recorded no reasons for its verdict."]
+
+
+def finding(run: RunRecord) -> str:
+    """One sentence with the numbers that decide."""
+    if run.subject is None:
+        return f"Nothing was tuned in this run: {len(run.arms)} arms were measured as they are."
+    tuned, metric = words.arm_label(run, run.subject), run.metric
+    score, row = run.estimate(run.subject), run.contrast(run.subject, run.prompted)
+    if score is None:
+        return f"{tuned} was trained, but {metric or 'no metric'} was not measured on held-out rows."
+    if row is None or run.prompted is None:
+        basis = f"{words.count(score.n)} held-out rows"
+        shown = words.metric_text(metric, score.value)
+        return f"{tuned} scores {shown} {metric} on {basis} ({_interval(metric, score)})."
+    found: Estimate = row["estimate"]
+    clear = found.low > 0 or found.high < 0
+    against = words.arm_label(run, run.prompted)
+    before, after = run.estimate(run.prompted), words.metric_text(metric, score.value)
+    told = f"from {words.metric_text(metric, before.value)} with {against} " if before else f"over {against} "
+    change = words.difference_text(metric, found.value)
+    evidence = f"{change}, {_interval(metric, found, difference=True)}, {words.p_text(row.get('p_value'))}"
+    verb = ("lifts" if found.value > 0 else "lowers") if clear else "is not shown to change"
+    held_out = f"{words.count(found.n)} held-out rows"
+    return f"Tuning with {tuned} {verb} {metric} {told}to {after} on {held_out}: {evidence}."
+
+
+def setting(run: RunRecord) -> str:
+    """What was tuned, how, on how much: the line under the title."""
+    method = part(run.recipe, "method")
+    rows = [
+        f"{words.count(held)} {split} rows"
+        for split, name in (("training", "train"), ("test", "test"))
+        if is_number(held := part(run.results, "data", name))
+    ]
+    base = run.results.get("base") or part(run.recipe, "base")
+    updates = " and ".join(words.arm_label(run, arm) for arm in run.tuned)
+    return " · ".join(str(word) for word in (base, method, updates, *rows) if word)
+
+
+def tiles(run: RunRecord) -> list[Tile]:
+    """The numbers of the first screen; what was not measured says so."""
+    subject = run.subject
+    if subject is None:
+        return []
+    first = [_score_tile(run, subject), _gain_tile(run, subject)]
+    return [*first, _tokens_tile(run), _forgetting_tile(run), _cost_tile(run)]
+
+
+def general_loss_change(run: RunRecord, arm: str | None) -> Estimate | None:
+    """Rise of general loss by tuning, nats per token: as recorded, else after minus before without an interval."""
+    measured = part(run.results, "forgetting", arm or "", "general_loss")
+    recorded = as_estimate(part(measured, "change"))
+    before, after = as_estimate(part(measured, "before")), as_estimate(part(measured, "after"))
+    if recorded or before is None or after is None:
+        return recorded
+    change = after.value - before.value
+    return Estimate(value=change, low=change, high=change, n=after.n, level=after.level)
+
+
+def break_even(run: RunRecord) -> str:
+    """When training is repaid by the prompt tokens saved, in words."""
+    requests = part(run.results, "savings", "break_even_requests")
+    if is_number(requests):
+        return f"repaid after {words.rounded_count(requests)} requests"
+    if is_number(part(run.results, "savings", "prompt_tokens_saved_fraction")):
+        return "training is not repaid in prompt tokens"
+    return "break-even not known"
+
+
+def lora_against_full(run: RunRecord) -> str:
+    """What LoRA keeps of full fine-tuning's gain, and at what share of its cost; empty where not compared."""
+    found = part(run.results, "lora_versus_full")
+    quality = as_estimate(part(found, "quality_fraction"))
+    costs = [
+        f"{words.percent(fraction)} of its {name}"
+        for name, key in (("compute", "flops"), ("time", "seconds"), ("memory", "memory"))
+        if is_number(fraction := part(found, f"{key}_fraction"))
+    ]
+    if not found or not costs:
+        return ""
+    share = ", ".join(costs)
+    if quality is None:
+        note = part(found, "quality_note") or "it was not measured"
+        return f"LoRA took {share}. No share of the gain is given: {note}."
+    kept = f"{words.percent(quality.value)} ({words.percent(quality.low)} to {words.percent(quality.high)})"
+    return f"LoRA keeps {kept} of full fine-tuning's gain over the best prompt, for {share}."
+
+
+def _score_tile(run: RunRecord, subject: str) -> Tile:
+    score, label = run.estimate(subject), f"{run.metric}, {words.arm_label(run, subject)}"
+    if score is None:
+        return Tile(label=label, value=words.ABSENT, note="not measured")
+    note = f"{words.interval_text(run.metric, score)}, n = {words.count(score.n)}"
+    return Tile(label=label, value=words.metric_text(run.metric, score.value), note=note)
+
+
+def _gain_tile(run: RunRecord, subject: str) -> Tile:
+    row = run.contrast(subject, run.prompted)
+    if row is None:
+        return Tile(label="gain over the best prompt", value=words.ABSENT, note="not measured")
+    value = words.difference_text(run.metric, row["estimate"].value, unit=False)
+    unit = " points" if run.metric in words.SHARES else ""
+    bounds = words.interval_text(run.metric, row["estimate"], difference=True)
+    return Tile(label=f"gain over {words.arm_label(run, row['b'])}", value=value, note=f"{bounds}{unit}")
+
+
+def _tokens_tile(run: RunRecord) -> Tile:
+    saved = part(run.results, "savings", "prompt_tokens_saved_fraction")
+    if not is_number(saved):
+        return Tile(label="prompt tokens per request", value=words.ABSENT, note="saving not measured")
+    value = words.signed(f"{-100 * saved:+.0f}%")
+    return Tile(label="prompt tokens per request", value=value, note=break_even(run))
+
+
+def _forgetting_tile(run: RunRecord) -> Tile:
+    change, limit = general_loss_change(run, run.subject), part(run.recipe, "evaluate", "forgetting_limit")
+    if change is None:
+        return Tile(label="general loss (forgetting)", value=words.ABSENT, note="not measured")
+    value = words.signed(f"{change.value:+.3f}")
+    note = f"nats per token; limit {limit:g}" if is_number(limit) else "nats per token"
+    return Tile(label="general loss (forgetting)", value=value, note=note)
+
+
+def _cost_tile(run: RunRecord) -> Tile:
+    train = part(run.arms, run.subject or "", "train")
+    memory, flops = part(train, "peak_memory_bytes"), part(train, "flops")
+    notes = [f"{words.size(memory)} peak"] * is_number(memory) + [words.flops(flops)] * is_number(flops)
+    return Tile(label="training time", value=words.seconds(part(train, "seconds")), note=", ".join(notes))
+
+
+def _interval(metric: str, estimate: Estimate, *, difference: bool = False) -> str:
+    bounds = words.interval_text(metric, estimate, difference=difference)
+    return f"{words.percent(estimate.level)} interval {bounds}"

@@ -1,0 +1,99 @@
+"""What the user sees while a run works: stages, tables and progress; plain lines when the output is not a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .types import Derived
+
+LINE_EVERY_SECONDS = 15.0
+
+
+class Tick(Protocol):
+    """Say that `done` units are finished; `note` stands beside the bar."""
+
+    def __call__(self, done: int, note: str = "") -> None:
+        """Move the bar."""
+        ...
+
+
+class Screen:
+    """A console, or nothing at all with `quiet`."""
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(quiet=quiet, stderr=True, soft_wrap=True)
+
+    def stage(self, title: str, detail: str = "") -> None:
+        """Begin a part of the run."""
+        self.console.print(
+            f"[bold cyan]{title}[/]  [dim]{detail}[/]" if detail else f"[bold cyan]{title}[/]", highlight=False
+        )
+
+    def line(self, text: str) -> None:
+        """One line of plain text."""
+        self.console.print("  " + text, highlight=False, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Something the user should know but need not act on now."""
+        self.console.print(f"  [yellow]note[/] {_escaped(text)}", highlight=False)
+
+    def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A small table; every column after the first is a value, the last wraps."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
+        for place, header in enumerate(headers):
+            table.add_column(header, overflow="fold", no_wrap=place < len(headers) - 1)
+        for row in rows:
+            table.add_row(*(_escaped(cell) for cell in row))
+        self.console.print(table)
+
+    def derived(self, values: Sequence[Derived]) -> None:
+        """Values that were filled in, each with its reason."""
+        self.table(["", "value", "why"], [[one.key, f"{one.value:g}", one.reason] for one in values])
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Tick]:
+        """A bar with rate and remaining time; every quarter of a minute a line where there is no terminal."""
+        if not self.console.is_terminal:
+            yield _Lines(self, label, total)
+            return
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(label, total=total, note="")
+            yield lambda done, note="": bar.update(task, completed=done, note=note)
+
+
+class _Lines:
+    """Progress as lines, not too many."""
+
+    def __init__(self, screen: Screen, label: str, total: int) -> None:
+        self.screen, self.label, self.total = screen, label, total
+        self.start = self.last = time.monotonic()
+        self.first = 0
+
+    def __call__(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        self.first = self.first or done
+        if done < self.total and now - self.last < LINE_EVERY_SECONDS:
+            return
+        self.last = now
+        advanced = done - self.first
+        left = (now - self.start) / advanced * (self.total - done) if advanced > 0 else 0.0
+        remaining = f", {left:.0f} s left" if done < self.total and left else ""
+        self.screen.line(f"{self.label} {done}/{self.total}{remaining}{'  ' + note if note else ''}")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")

@@ -1,0 +1,108 @@
+"""The nouns of training: what a model is fed, what it gives back, what a loss says of it.
+
+A Batch is one stream of T tokens without padding. Its Layout divides the stream into segments; a segment may name a
+parent whose tokens it continues, so that a prompt shared by many answers is computed once. Numbers that belong to
+trained tokens live at the S scored positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Segments of a packed stream, in order. `parents[i]` is the segment that i continues, or -1."""
+
+    lengths: tuple[int, ...]
+    parents: tuple[int, ...]
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where each segment begins in the stream."""
+        starts, at = [], 0
+        for length in self.lengths:
+            starts.append(at)
+            at += length
+        return tuple(starts)
+
+    def ancestors(self, segment: int) -> tuple[int, ...]:
+        """The chain of segments that `segment` continues, oldest first."""
+        chain: list[int] = []
+        parent = self.parents[segment]
+        while parent >= 0:
+            chain.append(parent)
+            parent = self.parents[parent]
+        return tuple(reversed(chain))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One forward pass. `index[s]` is the stream position whose next token, `targets[s]`, is scored."""
+
+    tokens: Int[Tensor, "T"]
+    positions: Int[Tensor, "T"]
+    layout: Layout
+    index: Int[Tensor, "S"]
+    targets: Int[Tensor, "S"]
+    weights: Float[Tensor, "S"]
+    owner: Int[Tensor, "S"]
+    ids: tuple[str, ...]
+    extra: Mapping[str, Float[Tensor, "S"]] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            tokens=self.tokens.to(device),
+            positions=self.positions.to(device),
+            layout=self.layout,
+            index=self.index.to(device),
+            targets=self.targets.to(device),
+            weights=self.weights.to(device),
+            owner=self.owner.to(device),
+            ids=self.ids,
+            extra={name: values.to(device) for name, values in self.extra.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What the model says of a batch: log-probability of each target, in nats."""
+
+    log_probs: Float[Tensor, "S"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTerms:
+    """A SUM over the batch (never a mean), and further sums to report."""
+
+    sum: Float[Tensor, ""]
+    report: Mapping[str, float] = field(default_factory=dict)
+
+
+class Loss(Protocol):
+    """A training objective over scored tokens."""
+
+    def count(self, batch: Batch) -> float:
+        """This batch's share of the denominator, known before the forward pass."""
+        ...
+
+    def __call__(self, scores: Scores, batch: Batch) -> LossTerms:
+        """The loss summed over the batch."""
+        ...
+
+
+class StepSource(Protocol):
+    """Where batches come from: a pure function of the step, so that a resumed run sees the same data."""
+
+    steps: int
+
+    def __call__(self, step: int) -> Sequence[Batch]:
+        """The batches of optimizer step `step` (0-based) for this rank."""
+        ...

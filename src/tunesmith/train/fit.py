@@ -1,0 +1,153 @@
+"""The only training loop. Which method it runs is decided by two arguments: where batches come from, and the loss.
+
+It yields after each step; whoever iterates may evaluate, print or stop. What it yields for a step is settled before the
+step's checkpoint is written, so a resumed run misses no evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..errors import TrainingError
+from ..model.load import Model
+from ..model.score import score
+from ..tensors import Batch, Loss, StepSource
+from ..world import World
+from .checkpoint import resume, save_checkpoint, trainable
+from .meter import memory_bytes
+from .optim import Optimization, adamw, learning_rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone:
+    """What one optimizer step did. `loss` is a mean per scored token; counts run from the start of training."""
+
+    step: int
+    steps: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
+    scored_tokens: int
+    seconds: float
+    tokens_per_second: float
+    memory_bytes: int
+    report: Mapping[str, float] = field(default_factory=dict)
+    resumed: str = ""
+    damaged: tuple[str, ...] = ()
+
+
+class Interrupted(TrainingError):
+    """The user stopped the run; a checkpoint holds every finished step."""
+
+
+def fit(
+    model: Model,
+    source: StepSource,
+    loss: Loss,
+    how: Optimization,
+    checkpoints: Path,
+    world: World,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[StepDone]:
+    """Train `model` until `source.steps`, from the newest good checkpoint in `checkpoints`.
+
+    Raises TrainingError naming step and rows if the loss or the gradient is not finite, Interrupted when `stop()`.
+    """
+    parameters = trainable(model.hf)
+    optimizer = adamw(parameters.values(), how)
+    saved = resume(checkpoints, model.hf, optimizer)
+    first = saved.step if saved else 0
+    totals = dict(saved.state) if saved else {}
+    tokens, scored, seconds = (totals.get(key, 0.0) for key in ("tokens", "scored_tokens", "seconds"))
+    last_save = time.monotonic()
+    note = f"resumed after step {first}" if first else ""
+    damaged = saved.damaged if saved else ()
+    for step in range(first, source.steps):
+        start = time.monotonic()
+        batches = [batch.to(world.device) for batch in source(step)]
+        value, norm, share, report = _step(model, batches, loss, optimizer, step, source.steps, how, world)
+        here = world.sum([sum(len(batch.tokens) for batch in batches), share])
+        took = time.monotonic() - start
+        tokens, scored, seconds = tokens + here[0], scored + here[1], seconds + took
+        yield StepDone(
+            step=step + 1,
+            steps=source.steps,
+            loss=value,
+            gradient_norm=norm,
+            learning_rate=learning_rate(step, source.steps, how),
+            tokens=int(tokens),
+            scored_tokens=int(scored),
+            seconds=seconds,
+            tokens_per_second=here[0] / took,
+            memory_bytes=memory_bytes(world.device),
+            report=report,
+            resumed=note,
+            damaged=damaged,
+        )
+        note, damaged = "", ()
+        stopped = world.sum([float(stop())])[0] > 0
+        due = time.monotonic() - last_save > how.checkpoint_seconds or step + 1 == source.steps
+        if world.leads and (due or stopped):
+            state = {"tokens": tokens, "scored_tokens": scored, "seconds": seconds}
+            save_checkpoint(checkpoints, step + 1, model.hf, optimizer, state)
+            last_save = time.monotonic()
+        if stopped and step + 1 < source.steps:
+            raise Interrupted(f"stopped after step {step + 1} of {source.steps}", fix="Run the same command to go on.")
+
+
+def _step(
+    model: Model,
+    batches: Sequence[Batch],
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    steps: int,
+    how: Optimization,
+    world: World,
+) -> tuple[float, float, float, dict[str, float]]:
+    """One optimizer step: loss per unit of the denominator, gradient norm, this rank's share, further means."""
+    share = sum(loss.count(batch) for batch in batches)
+    (total,) = world.sum([share])
+    if not total:
+        raise TrainingError(
+            f"no token is trained in step {step + 1}",
+            where=_rows(batches),
+            fix="Look at the rows with `tunesmith check`.",
+        )
+    optimizer.zero_grad(set_to_none=True)
+    value = 0.0
+    report: dict[str, float] = {}
+    for batch in batches:
+        terms = loss(score(model, batch), batch)
+        (terms.sum / total).backward()
+        value += float(terms.sum.detach())
+        for key, term in terms.report.items():
+            report[key] = report.get(key, 0.0) + term
+    parameters = list(trainable(model.hf).values())
+    world.sum_gradients(parameters)
+    value, *sums = world.sum([value, *report.values()])
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, how.clip))
+    if not (math.isfinite(value) and math.isfinite(norm)):
+        what = "loss" if not math.isfinite(value) else "gradient"
+        raise TrainingError(
+            f"the {what} of step {step + 1} is not a finite number; the weights are those before it",
+            where=_rows(batches),
+            fix="Lower train.learning_rate, or look at these rows with `tunesmith check`.",
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, steps, how)
+    optimizer.step()
+    return value / total, norm, share, {key: part / total for key, part in zip(report, sums, strict=True)}
+
+
+def _rows(batches: Sequence[Batch]) -> str:
+    ids = [name for batch in batches for name in batch.ids]
+    return "rows " + ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")

@@ -1,0 +1,182 @@
+"""Before the first step: values derived from model and data, each with its reason, and a prediction to be held to.
+
+The rules follow published evidence (Schulman et al. 2025, LoRA Without Regret; Tinker's width rule) and our own sweeps
+in docs/log.md. The prediction comes from a dry run of the heaviest and of typical micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import TrainingError
+from ..model.linear import Linear
+from ..model.load import Model
+from ..model.score import score
+from ..recipe import Recipe, Update
+from ..tensors import Batch, Loss, StepSource
+from ..types import Derived, Example
+from .checkpoint import trainable
+from .meter import available_bytes, peak_memory_bytes, reset_peak_memory
+
+DRY_STEPS = 3
+RESERVED = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Resolved values of one update. `derived` lists them with reasons, as shown and saved."""
+
+    epochs: float
+    batch: int
+    learning_rate: float
+    rank: int
+    microbatch_tokens: int
+    derived: tuple[Derived, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a training run should take."""
+
+    seconds: float
+    peak_memory_bytes: float
+    flops: float
+
+
+def derive(recipe: Recipe, update: Update, model: Model, examples: Sequence[Example]) -> Settings:
+    """Fill in what the recipe leaves open, from the data's size and the model's shape."""
+    notes: list[Derived] = []
+
+    def settle(key: str, given: float | int | None, value: float | int, reason: str) -> float | int:
+        notes.append(
+            Derived(
+                key=key, value=value if given is None else given, reason=reason if given is None else "from the recipe"
+            )
+        )
+        return value if given is None else given
+
+    rows = len(examples)
+    spec = recipe.train
+    lengths = [len(example.tokens) for example in examples]
+    epochs = settle("train.epochs", spec.epochs, _epochs(rows), f"{rows} training rows; fewer rows bear more passes")
+    batch = settle(
+        "train.batch",
+        spec.batch,
+        _batch(rows, epochs),
+        "small enough for 100 steps or more, 32 at most (LoRA loses with large batches)",
+    )
+    width = int(model.head_weight.shape[1])
+    lora_rate = 5e-4 * (2000 / width) ** 0.78
+    given_rate = recipe.lora.learning_rate if update == "lora" and recipe.lora.learning_rate else spec.learning_rate
+    rate = settle(
+        f"{update}.learning_rate",
+        given_rate,
+        float(f"{lora_rate if update == 'lora' else lora_rate / 10:.1e}"),
+        f"5e-4 x (2000 / {width})^0.78 for LoRA, a tenth of it for full fine-tuning",
+    )
+    trained = sum(int((example.weights > 0).sum()) for example in examples)
+    rank = 0
+    if update == "lora":
+        per_rank = _adapter_parameters_per_rank(model)
+        rank = int(
+            settle(
+                "lora.rank",
+                recipe.lora.rank,
+                _rank(trained, per_rank),
+                f"adapter weights ({per_rank:,} per rank) hold the {trained:,} trained tokens",
+            )
+        )
+    budget = max(2048, max(lengths))
+    micro = settle(
+        "train.microbatch_tokens",
+        spec.microbatch_tokens,
+        budget,
+        f"2,048 keep the processor busy; the longest row has {max(lengths):,} tokens",
+    )
+    return Settings(
+        epochs=float(epochs),
+        batch=int(batch),
+        learning_rate=float(rate),
+        rank=rank,
+        microbatch_tokens=int(micro),
+        derived=tuple(notes),
+    )
+
+
+def predict(
+    model: Model, source: StepSource, loss: Loss, update: Update, sizes: Sequence[int], batch: int
+) -> Prediction:
+    """Time forward and backward passes of a few steps, weights untouched; memory from the heaviest of them.
+
+    Raises TrainingError when the predicted peak does not fit, with the micro-batch that would.
+    """
+    parameters = trainable(model.hf)
+    steps = [source(step) for step in np.linspace(0, source.steps - 1, DRY_STEPS + 1, dtype=int)]
+    heaviest = max((b for step in steps for b in step), key=lambda b: len(b.tokens))
+    reset_peak_memory()
+    _pass(model, heaviest, loss)
+    rates = []
+    for step in steps[1:]:
+        start = time.monotonic()
+        for one in step:
+            _pass(model, one, loss)
+        rates.append((time.monotonic() - start) / sum(len(b.tokens) for b in step))
+    peak = peak_memory_bytes(model.device)
+    for parameter in parameters.values():
+        parameter.grad = None
+    trained = sum(parameter.numel() for parameter in parameters.values())
+    peak += 8 * trained
+    available = available_bytes(model.device)
+    if peak > RESERVED * available:
+        fits = int(len(heaviest.tokens) * RESERVED * available / peak / 2)
+        raise TrainingError(
+            f"training needs about {peak / 1e9:.1f} GB, the machine has {available / 1e9:.1f} GB",
+            where="train.microbatch_tokens",
+            fix=f"Set train.microbatch_tokens to {fits}, or choose update: lora or a smaller base.",
+        )
+    tokens_per_step = sum(len(b.tokens) for step in steps for b in step) / len(steps)
+    optimizer_seconds = 28 * trained / 15e9
+    seconds = source.steps * (float(np.median(rates)) * tokens_per_step + optimizer_seconds)
+    return Prediction(
+        seconds=seconds, peak_memory_bytes=float(peak), flops=flops(model, update, sizes, source.steps * batch)
+    )
+
+
+def flops(model: Model, update: Update, sizes: Sequence[int], examples: float) -> float:
+    """Useful training FLOPs: 6 per weight and token for full fine-tuning, 4 for LoRA (no gradient of frozen weights)."""
+    tokens = float(np.mean(sizes)) * examples
+    return (6 if update == "full" else 4) * model.product_parameters * tokens
+
+
+def _pass(model: Model, batch: Batch, loss: Loss) -> None:
+    batch = batch.to(model.device)
+    (loss(score(model, batch), batch).sum / max(loss.count(batch), 1)).backward()
+
+
+def _epochs(rows: int) -> float:
+    return 3.0 if rows < 2000 else 2.0 if rows < 10_000 else 1.0
+
+
+def _batch(rows: int, epochs: float) -> int:
+    """The largest power of two up to 32 that leaves at least 100 steps; 4 at least."""
+    wanted = rows * epochs / 100
+    return int(2 ** min(5, max(2, math.floor(math.log2(max(wanted, 1))))))
+
+
+def _rank(trained_tokens: int, per_rank: int) -> int:
+    """The smallest power of two from 16 to 256 whose adapter has as many weights as there are trained tokens."""
+    rank = 16
+    while rank < 256 and rank * per_rank < trained_tokens:
+        rank *= 2
+    return rank
+
+
+def _adapter_parameters_per_rank(model: Model) -> int:
+    return sum(
+        m.in_features + m.out_features for m in model.hf.modules() if isinstance(m, Linear) and m is not model.head
+    )

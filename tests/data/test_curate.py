@@ -1,0 +1,239 @@
+"""Curation: each dropped or flagged row has one reason in the ledger, and nothing else is touched."""
+
+from __future__ import annotations
+
+import random
+from itertools import count
+
+import pytest
+
+from tunesmith.data.curate import (
+    CONFLICT,
+    EMPTY_COMPLETION,
+    EMPTY_PROMPT,
+    EXACT_DUPLICATE,
+    LEAKAGE,
+    NEAR_DUPLICATE,
+    PERSONAL_DATA,
+    SECRET,
+    census,
+    curate,
+    drop_overlong,
+)
+from tunesmith.data.layout import content_id, plain_row
+from tunesmith.data.privacy import personal_data, secrets
+from tunesmith.data.split import Splits
+from tunesmith.errors import DataError
+from tunesmith.recipe import DataSpec
+from tunesmith.types import Comparison, Conversation, LedgerEntry, Message, Row
+
+SPEC = DataSpec(train="rows.jsonl", valid=0.1, test=0.1)
+LONG = " ".join(f"word{number}" for number in range(60))
+
+
+def splits(train: list[tuple[str, str]], valid: list[tuple[str, str]] = (), test: list[tuple[str, str]] = ()) -> Splits:
+    return Splits(
+        train=tuple(plain_row(*pair, f"train.jsonl:{line}") for line, pair in zip(count(1), train, strict=False)),
+        valid=tuple(plain_row(*pair, f"valid.jsonl:{line}") for line, pair in zip(count(1), valid, strict=False)),
+        test=tuple(plain_row(*pair, f"test.jsonl:{line}") for line, pair in zip(count(1), test, strict=False)),
+    )
+
+
+def told(ledger: list[LedgerEntry]) -> list[tuple[str, str, str, str]]:
+    return sorted((entry.source, entry.action, entry.reason, entry.detail) for entry in ledger)
+
+
+def test_good_rows_pass_untouched_and_in_order() -> None:
+    given = splits([("a", "1"), ("b", "2")], [("c", "3")], [("d", "4")])
+    kept, ledger = curate(given, SPEC)
+    assert kept == given
+    assert ledger == []
+
+
+def test_empty_and_repeated_rows_are_dropped() -> None:
+    given = splits([("a", "1"), ("a", "1"), (" ", "1"), ("b", "\n"), ("c", "1")])
+    kept, ledger = curate(given, SPEC)
+    assert [row.source for row in kept.train] == ["train.jsonl:1", "train.jsonl:5"]
+    assert told(ledger) == [
+        ("train.jsonl:2", "dropped", EXACT_DUPLICATE, "same as train.jsonl:1"),
+        ("train.jsonl:3", "dropped", EMPTY_PROMPT, ""),
+        ("train.jsonl:4", "dropped", EMPTY_COMPLETION, ""),
+    ]
+
+
+def test_the_first_row_of_the_file_is_kept_whatever_the_order() -> None:
+    rows = splits([("a", str(number)) for number in range(12)]).train
+    kept, _ = curate(Splits(train=rows[::-1], valid=(), test=()), SPEC)
+    assert [row.source for row in kept.train] == ["train.jsonl:1"]
+
+
+@pytest.mark.parametrize(("conflicts", "action", "left"), [("drop", "dropped", 1), ("flag", "flagged", 2)])
+def test_conflicting_completions_are_dropped_or_flagged(conflicts: str, action: str, left: int) -> None:
+    kept, ledger = curate(splits([("a", "1"), ("a ", "2")]), SPEC.model_copy(update={"conflicts": conflicts}))
+    assert len(kept.train) == left
+    assert told(ledger) == [("train.jsonl:2", action, CONFLICT, "train.jsonl:1 answers the same prompt differently")]
+
+
+def test_near_duplicates_are_dropped_from_train_only() -> None:
+    twins = [(LONG, "1"), (LONG + " more", "1")]
+    kept, ledger = curate(splits(twins, test=[(pair[0][::-1], "1") for pair in twins]), SPEC)
+    assert len(kept.test) == 2
+    assert told(ledger) == [("train.jsonl:2", "dropped", NEAR_DUPLICATE, "nearly train.jsonl:1")]
+    kept, ledger = curate(splits(twins), SPEC.model_copy(update={"near_duplicates": 1.0}))
+    assert (len(kept.train), ledger) == (2, [])
+
+
+def test_held_out_rows_that_leaked_are_dropped_from_train_and_named() -> None:
+    given = splits(
+        [("t", "1"), ("v", "1"), (LONG + " more", "1"), ("own", "1"), ("t", "2")],
+        [("v", "1"), ("t", "1"), ("w", "1")],
+        [("t", "1"), (LONG, "1")],
+    )
+    kept, ledger = curate(given, SPEC)
+    assert [row.source for row in kept.train] == ["train.jsonl:4"]
+    assert [row.source for row in kept.valid] == ["valid.jsonl:1", "valid.jsonl:3"]
+    assert kept.test == given.test
+    assert {(entry.source, entry.reason, entry.detail) for entry in ledger} == {
+        ("train.jsonl:1", LEAKAGE, "same row as held-out test.jsonl:1"),
+        ("train.jsonl:2", LEAKAGE, "same row as held-out valid.jsonl:1"),
+        ("train.jsonl:3", LEAKAGE, "nearly held-out test.jsonl:2"),
+        ("train.jsonl:5", CONFLICT, "train.jsonl:1 answers the same prompt differently"),
+        ("valid.jsonl:2", LEAKAGE, "same row as held-out test.jsonl:1"),
+    }
+
+
+def test_every_row_is_kept_or_dropped_exactly_once() -> None:
+    draw = random.Random(0)
+    pairs = [(draw.choice(["", "a", "b", LONG, LONG + " x"]), draw.choice(["", "1", "2"])) for _ in range(60)]
+    given = splits(pairs, pairs[:5], [*pairs[5:9], ("c", "3")])
+    try:
+        kept, ledger = curate(given, SPEC)
+    except DataError:
+        kept, ledger = curate(splits([*pairs, ("z", "9")], [*pairs[:5], ("y", "8")], [("c", "3")]), SPEC)
+        given = splits([*pairs, ("z", "9")], [*pairs[:5], ("y", "8")], [("c", "3")])
+    dropped = [entry.source for entry in ledger if entry.action == "dropped"]
+    left = [row.source for row in (*kept.train, *kept.valid, *kept.test)]
+    assert sorted(dropped + left) == sorted(row.source for row in (*given.train, *given.valid, *given.test))
+
+
+def test_an_emptied_split_is_an_error() -> None:
+    with pytest.raises(DataError, match="no row of train is left of 2"):
+        curate(splits([("", "1"), ("a", "1")], test=[("a", "1")]), SPEC)
+
+
+def test_a_person_may_not_contradict_himself_but_people_may_differ() -> None:
+    def judged(better: str, worse: str, rater: str, line: int) -> Comparison:
+        prompt = (Message(role="user", content="q"),)
+        chosen, rejected = Message(role="assistant", content=better), Message(role="assistant", content=worse)
+        identity = content_id(better, worse, rater)
+        source = f"train.jsonl:{line}"
+        return Comparison(prompt=prompt, chosen=chosen, rejected=rejected, rater=rater, id=identity, source=source)
+
+    rows: tuple[Row, ...] = (judged("x", "y", "ann", 1), judged("y", "x", "bob", 2), judged("y", "x", "ann", 3))
+    kept, ledger = curate(Splits(train=rows, valid=(), test=()), SPEC)
+    assert [row.source for row in kept.train] == ["train.jsonl:1", "train.jsonl:2"]
+    assert [entry.reason for entry in ledger] == [CONFLICT]
+
+
+def test_an_answer_that_only_calls_tools_is_not_empty() -> None:
+    turn = Message(role="assistant", content="", tool_calls=({"name": "find"},))
+    row = Conversation(messages=(Message(role="user", content="q"), turn), id="1", source="train.jsonl:1")
+    kept, ledger = curate(Splits(train=(row,), valid=(), test=()), SPEC)
+    assert (len(kept.train), ledger) == (1, [])
+
+
+def test_the_ledger_names_the_kind_of_a_secret_and_never_the_secret() -> None:
+    key = "AKIA" + "ABCDEFGHIJKLMNOP"
+    kept, ledger = curate(splits([("my key", f"is {key}"), ("write to", "ann@example.org")]), SPEC)
+    assert len(kept.train) == 2
+    assert told(ledger) == [
+        ("train.jsonl:1", "flagged", SECRET, "AWS access key"),
+        ("train.jsonl:2", "flagged", PERSONAL_DATA, "email address"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-----BEGIN RSA PRIVATE KEY-----",
+        "ghp_" + "a1" * 18,
+        "xoxb-" + "1234567890-abc",
+        "AIza" + "a" * 35,
+        "hf_" + "A" * 34,
+        "sk_live_" + "a" * 20,
+        "sk-" + "a" * 40,
+        "eyJhbGciOiJIUzI1NiJ9" + ".eyJzdWIiOiIxMjM0In0.x",
+        'api_key = "abc123def456ghi7"',
+    ],
+)
+def test_secrets_are_found_by_shape(text: str) -> None:
+    assert secrets(f"here: {text}")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("mail ann.b+c@mail.example.co.uk now", "email address"),
+        ("call (555) 123-4567", "phone number"),
+        ("call +44 20 7946 0958", "phone number"),
+        ("card 4111 1111 1111 1111", "payment card"),
+        ("pay to GB82 WEST 1234 5698 7654 32 today", "bank account (IBAN)"),
+        ("pay to DE89370400440532013000", "bank account (IBAN)"),
+        ("SSN 123-45-6789", "US social security number"),
+    ],
+)
+def test_personal_data_is_found_by_shape_and_check_digits(text: str, kind: str) -> None:
+    assert personal_data(text) == [kind]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hale v. Lee, 957 F. Supp. 2d 1042 (D. Wyo. 2008).",
+        "card 4111 1111 1111 1112",
+        "GB83 WEST 1234 5698 7654 32",
+        "000-12-3456 and 666-12-3456",
+        "on 2024-01-31 at 10:15:30, version 1.22.333.4444",
+        "the password is in the safe; secret: none",
+        "user@ home, a@b",
+        "order 1234567890",
+    ],
+)
+def test_ordinary_text_is_not_flagged(text: str) -> None:
+    assert personal_data(text) + secrets(text) == []
+
+
+@pytest.mark.parametrize("unit", ["a", "1", "1 ", "+1 ", "eyJ-", "a@", "a.", "AA11 ", "password=", "-----BEGIN A "])
+def test_patterns_pass_long_hostile_text_quickly(unit: str) -> None:
+    # Quadratic patterns would take hours here, and the test would hang.
+    text = unit * (200_000 // len(unit))
+    secrets(text)
+    personal_data(text)
+
+
+def test_overlong_rows_are_an_error_that_names_the_first() -> None:
+    rows = splits([("a", "1"), ("b", "2"), ("c", "3")]).train
+    with pytest.raises(DataError, match=r"11 tokens, more than max_tokens = 10 \(2 of 3 rows are\)") as caught:
+        drop_overlong(rows, [3, 11, 12], 10, "error")
+    assert caught.value.where == "train.jsonl:2"
+
+
+def test_overlong_rows_are_dropped_with_an_entry_when_asked() -> None:
+    rows = splits([("a", "1"), ("b", "2"), ("c", "3")]).train
+    kept, ledger = drop_overlong(rows, [3, 11, 10], 10, "drop")
+    assert [row.source for row in kept] == ["train.jsonl:1", "train.jsonl:3"]
+    assert told(ledger) == [("train.jsonl:2", "dropped", "too many tokens", "11 tokens, limit 10")]
+    with pytest.raises(DataError):
+        drop_overlong(rows, [11, 11, 11], 10, "drop")
+
+
+def test_the_census_adds_up() -> None:
+    given = splits([("a", "1"), ("a", "1"), ("b", "x@example.org"), ("t", "1")], [("v", "1")], [("t", "1")])
+    kept, ledger = curate(given, SPEC)
+    found = census(given, kept, ledger)
+    train = found.splits["train"]
+    assert (train.read, train.kept) == (4, 2)
+    assert train.dropped == {EXACT_DUPLICATE: 1, LEAKAGE: 1}
+    assert train.flagged == {PERSONAL_DATA: 1}
+    assert found.total.read == 6
+    assert found.total.read - sum(found.total.dropped.values()) == found.total.kept
