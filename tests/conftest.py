@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from jaxtyping import install_import_hook
@@ -17,10 +21,14 @@ from jaxtyping import install_import_hook
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from tunesmith.model.load import Model
+    from tunesmith.types import Example
+
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", MPLBACKEND="Agg"
 )
-install_import_hook("tunesmith", "beartype.beartype")  # from here on every call checks its types and shapes
+# From here on every call checks its types and shapes; an int is a float, as it is to type checkers.
+install_import_hook("tunesmith", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -96,3 +104,105 @@ def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": f"Upper case of: {word}", "completion": word.upper()} for word in draw.sample(words, 120)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_examples(tiny_tokenizer: PreTrainedTokenizerFast, tiny_rows: Path) -> list[Example]:
+    """The 120 rows, rendered."""
+    from tunesmith.data.render import render
+    from tunesmith.types import Conversation, Message
+
+    rows = [json.loads(line) for line in tiny_rows.read_text(encoding="utf-8").splitlines()]
+    examples = []
+    for number, row in enumerate(rows, start=1):
+        turns = (Message(role="user", content=row["prompt"]), Message(role="assistant", content=row["completion"]))
+        conversation = Conversation(messages=turns, id=f"row{number}", source=f"rows.jsonl:{number}")
+        examples += render(conversation, tiny_tokenizer, [tiny_tokenizer.eos_token_id])
+    return examples
+
+
+@pytest.fixture
+def fresh_model(tiny_model_folder: Path) -> Model:
+    """The tiny model, loaded for one test, which may change it."""
+    from tunesmith.model.load import load
+    from tunesmith.world import World
+
+    return load(str(tiny_model_folder), World())
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_model_folder: Path) -> Model:
+    """The tiny model, loaded once; no test may change it."""
+    from tunesmith.model.load import load
+    from tunesmith.world import World
+
+    return load(str(tiny_model_folder), World())
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_model_folder: Path, tiny_rows: Path) -> Callable[..., dict[str, Any]]:
+    """Makes recipes, as mappings, that take seconds: the tiny model on the tiny rows. Dotted keys replace values."""
+
+    def make(changes: Mapping[str, object] | None = None) -> dict[str, Any]:
+        raw: dict[str, Any] = {
+            "base": str(tiny_model_folder),
+            "data": {"train": str(tiny_rows), "valid": 0.2, "test": 0.3},
+            "task": {"instructions": "Give the upper case.", "shots": 2, "also": ["token_f1"], "max_new_tokens": 4},
+            "train": {"batch": 8, "max_steps": 4, "evaluations": 2, "learning_rate": 0.01},
+            "lora": {"rank": 4},
+            "evaluate": {"rows": 20, "valid_rows": 8, "forgetting": False},
+        }
+        for key, value in (changes or {}).items():
+            *parents, leaf = key.split(".")
+            node = raw
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = value
+        return raw
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Callable[..., dict[str, Any]]) -> Path:
+    """The recipe of a run that is finished, lora and full, in the folder `run` beside it. Only read it."""
+    import yaml
+
+    from tunesmith import load_recipe, run
+
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = folder / "recipe.yaml"
+    changes = {"out": str(folder / "run"), "update": ["lora", "full"], "evaluate.forgetting": True}
+    recipe.write_text(yaml.safe_dump(tiny_recipe(changes)))
+    run(load_recipe(recipe))
+    return recipe
+
+
+@pytest.fixture
+def fork() -> Iterator[Callable[[Callable[[], object]], int]]:
+    """Start a function in a process of its own and return its id; whatever still runs at the end is killed.
+
+    A forked child has torch loaded already, so that a test can afford to kill dozens of them.
+    """
+    started: list[int] = []
+
+    def start(work: Callable[[], object]) -> int:
+        child = os.fork()
+        if child:
+            started.append(child)
+            return child
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    yield start
+    for child in started:
+        with suppress(ChildProcessError):  # it was waited for
+            if os.waitpid(child, os.WNOHANG) == (0, 0):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 
@@ -17,6 +16,7 @@ from .errors import TunesmithError
 from .recipe import Recipe, known_keys, load_recipe
 from .screen import Screen
 
+INTERRUPTED = 130
 app = typer.Typer(
     help="Fine-tune a language model on your own examples, and know whether it worked.",
     no_args_is_help=True,
@@ -66,7 +66,7 @@ def check(
     console = Console()
     vocabulary = load_vocabulary(resolved.base)
     for note in vocabulary.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", markup=False, highlight=False)
     prepared = prepare(resolved, vocabulary, Screen(console=console))
     for example in prepared.train[:rows]:
         console.rule(
@@ -152,21 +152,20 @@ def version() -> None:
 def main() -> None:
     """Entry point: every expected error is one message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        app(standalone_mode=False)
+        app(prog_name="tunesmith")
     except TunesmithError as error:
         if "--debug" in sys.argv:
             raise
         errors.print("[bold red]error[/]", end=" ")
         errors.print(str(error), markup=False, highlight=False)
         sys.exit(2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        errors.print("stopped; run the same command to go on")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            errors.print("stopped; run the same command to go on")
+        raise
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from safetensors import SafetensorError
 
 from .errors import FolderError
 
@@ -100,10 +102,19 @@ def is_run_folder(path: Path) -> bool:
     return RunFolder(path=path).recipe.is_file()
 
 
+def only_begun(folder: RunFolder) -> bool:
+    """Whether the run wrote down what it was going to do, and nothing yet that took work."""
+    names = {child.name for child in folder.path.iterdir()}
+    return folder.ledger.name in names and names <= {
+        p.name for p in (folder.recipe, folder.ledger, folder.plan, folder.lock)
+    }
+
+
 def open_run(path: Path, recipe_text: str) -> RunFolder:
     """Create the run folder, or re-open it if it was made by the same recipe (`out` may differ).
 
-    Call it on one rank, before `locked`. Raises FolderError if another run holds the folder, if it belongs to another
+    A folder in which nothing has been measured yet is taken over by a changed recipe. Call it on one rank, before
+    `locked`. Raises FolderError if another run holds the folder, if it belongs to another
     recipe (with the first keys that differ), if it holds foreign files, or if it cannot be written.
     """
     folder = RunFolder(path=path)
@@ -113,7 +124,7 @@ def open_run(path: Path, recipe_text: str) -> RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             _sweep(path)
-            if folder.recipe.exists():
+            if folder.recipe.exists() and not only_begun(folder):
                 _same_recipe(folder, recipe_text)
             else:
                 write_text(folder.recipe, recipe_text)
@@ -272,19 +283,30 @@ def manifest_problem(folder: Path, *, hashes: bool = True) -> str:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into a FolderError that says what to do."""
+    """Turn an OSError of the block, or of safetensors in it, into a FolderError that says what to do."""
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in _FULL:
+    except (OSError, SafetensorError) as error:
+        number = _errno(error)
+        if number is None and isinstance(error, SafetensorError):
+            raise
+        reason = os.strerror(number) if number else str(error)
+        if number in _FULL:
             fix = "Free some space and run again; a run goes on from its last checkpoint."
             raise FolderError(f"the disk is full ({reason})", where=str(path), fix=fix) from error
-        if error.errno in _REFUSED:
+        if number in _REFUSED:
             fix = "Choose a folder that you may write to (`out`, or $TUNESMITH_CACHE), or change the permissions."
             raise FolderError(f"may not be read or written ({reason})", where=str(path), fix=fix) from error
         fix = "Check that the path exists and that nothing stands in its way."
         raise FolderError(f"cannot be read or written ({reason})", where=str(path), fix=fix) from error
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    """The system's error number, which safetensors tells in words only; None where the system was not the cause."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def _same_recipe(folder: RunFolder, recipe_text: str) -> None:

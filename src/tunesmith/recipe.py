@@ -7,6 +7,7 @@ its reason, and the resolved recipe is saved in the run folder.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,86 +25,104 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Spec(BaseModel):
     """A frozen group of recipe keys; a key it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSpec(Spec):
     """Where rows come from and which of them are kept."""
 
     train: str = Field(description="a file (.jsonl .json .csv .parquet, also .gz), a hub id, or builtin:NAME")
-    valid: Fraction | str = Field(0.1, description="a fraction of train, or a file")
-    test: Fraction | str = Field(0.1, description="a fraction of train, or a file")
-    layout: Layout = Field("auto", description="how columns form a row; found from their names unless given")
+    valid: Fraction | str = Field(default=0.1, description="a fraction of train, or a file")
+    test: Fraction | str = Field(default=0.1, description="a fraction of train, or a file")
+    layout: Layout = Field(default="auto", description="how columns form a row; found from their names unless given")
     columns: dict[str, str] = Field(default_factory=dict, description="our name: your column, e.g. prompt: question")
-    rows: int | None = Field(None, gt=0, description="read at most this many rows of train")
+    rows: int | None = Field(default=None, gt=0, description="read at most this many rows of train")
     max_tokens: int | None = Field(
-        None, gt=1, description="longest example in tokens; the model's context unless given"
+        default=None, gt=1, description="longest example in tokens; the model's context unless given"
     )
-    overlong: Literal["error", "drop"] = Field("error", description="what to do with rows over max_tokens")
-    conflicts: Literal["drop", "flag"] = Field("drop", description="same prompt, different completions: keep the first")
+    overlong: Literal["error", "drop"] = Field(default="error", description="what to do with rows over max_tokens")
+    conflicts: Literal["drop", "flag"] = Field(
+        default="drop", description="same prompt, different completions: keep the first"
+    )
     near_duplicates: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.9, description="Jaccard similarity of word 3-grams over which two rows count as one; 1 turns it off"
+        default=0.9, description="Jaccard similarity of word 3-grams over which two rows count as one; 1 turns it off"
     )
-    seed: int = Field(0, description="changes which rows fall into which split")
+    seed: int = Field(default=0, description="changes which rows fall into which split")
 
 
 class TaskSpec(Spec):
     """What is asked of the model and how an answer is graded."""
 
     instructions: str = Field(
-        "", description="what a person would tell the base model; the tuned model does without it"
+        default="", description="what a person would tell the base model; the tuned model does without it"
     )
-    shots: int = Field(5, ge=0, le=32, description="most examples the few-shot baseline may show (chosen on valid)")
-    metric: str = Field("exact_match", description="the metric that decides: a name or file.py:function")
+    shots: int = Field(
+        default=5, ge=0, le=32, description="most examples the few-shot baseline may show (chosen on valid)"
+    )
+    metric: str = Field(default="exact_match", description="the metric that decides: a name or file.py:function")
     also: list[str] = Field(default_factory=list, description="further metrics to report")
-    pattern: str | None = Field(None, description="regular expression for metric regex")
-    choices: list[str] | None = Field(None, description="closed list of answers, for choice_accuracy")
-    max_new_tokens: int | None = Field(None, gt=0, description="longest answer in tokens; from the data unless given")
+    pattern: str | None = Field(default=None, description="regular expression for metric regex")
+    choices: list[str] | None = Field(
+        default=None, min_length=2, description="closed list of answers, for choice_accuracy"
+    )
+    max_new_tokens: int | None = Field(
+        default=None, gt=0, description="longest answer in tokens; from the data unless given"
+    )
 
 
 class TrainSpec(Spec):
     """How long and how fast to train. Everything left out is derived and printed."""
 
-    epochs: float | None = Field(None, gt=0, description="passes over the training rows")
-    learning_rate: float | None = Field(None, gt=0, lt=1, description="peak learning rate of every update")
-    batch: int | None = Field(None, gt=0, description="examples per optimizer step")
-    microbatch_tokens: int | None = Field(None, gt=0, description="tokens in one forward pass")
-    warmup: Fraction = Field(0.05, description="fraction of steps with rising learning rate")
+    epochs: float | None = Field(default=None, gt=0, description="passes over the training rows")
+    learning_rate: float | None = Field(default=None, gt=0, lt=1, description="peak learning rate of every update")
+    batch: int | None = Field(default=None, gt=0, description="examples per optimizer step")
+    microbatch_tokens: int | None = Field(default=None, gt=0, description="tokens in one forward pass")
+    warmup: Fraction = Field(default=0.05, description="fraction of steps with rising learning rate")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    evaluations: int = Field(4, ge=1, description="how often to look at the validation rows")
-    patience: int = Field(3, ge=1, description="stop after this many evaluations without improvement")
-    max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps")
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    evaluations: int = Field(default=4, ge=1, description="how often to look at the validation rows")
+    patience: int = Field(default=3, ge=1, description="stop after this many evaluations without improvement")
+    max_steps: int | None = Field(default=None, gt=0, description="stop after this many optimizer steps")
     seed: int = 0
 
 
 class LoraSpec(Spec):
     """Low-rank adaptation of all linear layers (Hu et al. 2021, arXiv 2106.09685)."""
 
-    rank: int | None = Field(None, gt=0, le=1024, description="width of the adapter; from trained tokens unless given")
-    alpha: float = Field(32.0, gt=0, description="scale: the update is alpha / rank * B A x")
-    learning_rate: float | None = Field(None, gt=0, lt=1, description="overrides train.learning_rate for lora")
-    target: list[str] | None = Field(None, description="names of linear layers; all but the head unless given")
+    rank: int | None = Field(
+        default=None, gt=0, le=1024, description="width of the adapter; from trained tokens unless given"
+    )
+    alpha: float = Field(default=32.0, gt=0, description="scale: the update is alpha / rank * B A x")
+    learning_rate: float | None = Field(default=None, gt=0, lt=1, description="overrides train.learning_rate for lora")
+    target: list[str] | None = Field(default=None, description="names of linear layers; all but the head unless given")
 
 
 class EvaluateSpec(Spec):
     """What is measured before and after, and how surely."""
 
-    rows: int | None = Field(None, gt=0, description="use at most this many test rows")
-    valid_rows: int = Field(128, gt=0, description="validation rows looked at during training and prompt selection")
+    rows: int | None = Field(default=None, gt=0, description="use at most this many test rows")
+    valid_rows: int = Field(
+        default=128, gt=0, description="validation rows looked at during training and prompt selection"
+    )
     level: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     seed: int = 0
-    batch: int = Field(32, gt=0, description="answers generated at once")
-    forgetting: bool = Field(True, description="measure general ability before and after")
-    retention: str | None = Field(None, description="a multiple-choice file (prompt, choices, answer) for forgetting")
-    forgetting_limit: float = Field(0.2, gt=0, description="largest acceptable rise of general loss, nats per token")
+    batch: int = Field(default=64, gt=0, description="answers generated at once")
+    forgetting: bool = Field(default=True, description="measure general ability before and after")
+    retention: str | None = Field(
+        default=None, description="a multiple-choice file (prompt, choices, answer) for forgetting"
+    )
+    forgetting_limit: float = Field(
+        default=0.2, gt=0, description="largest acceptable rise of general loss, nats per token"
+    )
 
 
 class Recipe(Spec):
     """One run: base model, data, task, method."""
 
-    base: str = Field("smollm2-135m-instruct", description="a built-in name, a hub id, a folder, or a .gguf file")
+    base: str = Field(
+        default="smollm2-135m-instruct", description="a built-in name, a hub id, a folder, or a .gguf file"
+    )
     data: DataSpec
     task: TaskSpec = TaskSpec()
     method: Method = "sft"
@@ -111,7 +130,7 @@ class Recipe(Spec):
     train: TrainSpec = TrainSpec()
     lora: LoraSpec = LoraSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
-    out: str | None = Field(None, description="run folder; runs/<recipe name> unless given")
+    out: str | None = Field(default=None, description="run folder; runs/<recipe name> unless given")
 
     @field_validator("update", mode="before")
     @classmethod
@@ -138,6 +157,8 @@ def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"not valid YAML: {error}", where=str(path), fix="Mend the line named above.") from None
+    except OSError as error:
+        raise RecipeError(f"cannot be read: {error.strerror}", where=str(path), fix="Check its permissions.") from None
     if not isinstance(raw, dict):
         raise RecipeError(
             "a recipe is a mapping of keys", where=str(path), fix="Start from recipes/legal_citations.yaml."
@@ -184,10 +205,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 def _number(text: str) -> float | str:
     """YAML reads `1e-3` as text; a number is what was meant."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    return float(text) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", text) else text
 
 
 def known_keys(spec: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
@@ -202,10 +220,9 @@ def known_keys(spec: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
 
 def _explain(error: ValidationError, where: str) -> RecipeError:
     problem = error.errors()[0]
-    location = [str(part) for part in problem["loc"] if isinstance(part, (str, int))]
+    location, names = [str(part) for part in problem["loc"]], known_keys()
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        names = known_keys()
         near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
         same_leaf = [name for name in names if name.split(".")[-1] == location[-1]]
         guess = (same_leaf or near or [""])[0]
@@ -213,7 +230,9 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
         return RecipeError(f"unknown key {key!r}", where=where, fix=fix)
     if problem["type"] == "missing":
         return RecipeError(f"the key {key!r} is missing", where=where, fix=f"Add {key}: ... to the recipe.")
-    given = problem.get("input")
+    # Inside a list or a union pydantic names places that are no keys.
+    key = max((name for name in names if f"{key}.".startswith(f"{name}.")), key=len, default=key)
+    reason = problem["msg"].removeprefix("Value error, ")
     return RecipeError(
-        f"{key} = {given!r}: {problem['msg']}", where=where, fix=f"Change {key}; see `tunesmith schema`."
+        f"{key} = {problem['input']!r}: {reason}", where=where, fix=f"Change {key}; see `tunesmith schema`."
     )

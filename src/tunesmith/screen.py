@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -16,6 +17,7 @@ from .types import Derived
 LINE_EVERY_SECONDS = 15.0
 
 
+@runtime_checkable
 class Tick(Protocol):
     """Say that `done` units are finished; `note` stands beside the bar."""
 
@@ -32,9 +34,8 @@ class Screen:
 
     def stage(self, title: str, detail: str = "") -> None:
         """Begin a part of the run."""
-        self.console.print(
-            f"[bold cyan]{title}[/]  [dim]{detail}[/]" if detail else f"[bold cyan]{title}[/]", highlight=False
-        )
+        aside = f"  [dim]{escape(detail)}[/]" if detail else ""
+        self.console.print(f"[bold cyan]{escape(title)}[/]{aside}", highlight=False)
 
     def line(self, text: str) -> None:
         """One line of plain text."""
@@ -42,7 +43,7 @@ class Screen:
 
     def warn(self, text: str) -> None:
         """Something the user should know but need not act on now."""
-        self.console.print(f"  [yellow]note[/] {_escaped(text)}", highlight=False)
+        self.console.print(f"  [yellow]note[/] {escape(text)}", highlight=False)
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A small table; every column after the first is a value, the last wraps."""
@@ -50,7 +51,7 @@ class Screen:
         for place, header in enumerate(headers):
             table.add_column(header, overflow="fold", no_wrap=place < len(headers) - 1)
         for row in rows:
-            table.add_row(*(_escaped(cell) for cell in row))
+            table.add_row(*(escape(cell) for cell in row))
         self.console.print(table)
 
     def derived(self, values: Sequence[Derived]) -> None:
@@ -72,7 +73,7 @@ class Screen:
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task(label, total=total, note="")
-            yield lambda done, note="": bar.update(task, completed=done, note=note)
+            yield lambda done, note="": bar.update(task, completed=done, note=escape(note))
 
 
 class _Lines:
@@ -93,7 +94,3 @@ class _Lines:
         left = (now - self.start) / advanced * (self.total - done) if advanced > 0 else 0.0
         remaining = f", {left:.0f} s left" if done < self.total and left else ""
         self.screen.line(f"{self.label} {done}/{self.total}{remaining}{'  ' + note if note else ''}")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -86,6 +86,7 @@ class LossTerms:
     report: Mapping[str, float] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Loss(Protocol):
     """A training objective over scored tokens."""
 
@@ -98,6 +99,7 @@ class Loss(Protocol):
         ...
 
 
+@runtime_checkable
 class StepSource(Protocol):
     """Where batches come from: a pure function of the step, so that a resumed run sees the same data."""
 

@@ -82,8 +82,12 @@ def curate(splits: Splits, spec: DataSpec) -> tuple[Splits, list[LedgerEntry]]:
     for name in SPLITS:
         before: tuple[Row, ...] = getattr(splits, name)
         if before and not kept[name]:
-            fix = "See the ledger for the reason of each row."
-            raise DataError(f"no row of {name} is left of {len(before)}", where=f"data.{name}", fix=fix)
+            sources = {row.source for row in before}
+            lost = [entry for entry in ledger if entry.source in sources]
+            reasons = Counter(entry.reason for entry in lost).most_common()
+            what = f"no row of {name} is left of {len(before)}: {', '.join(f'{n} {reason}' for reason, n in reasons)}"
+            fix = f"Look at {lost[0].source}: {' '.join([lost[0].reason, lost[0].detail]).strip()}."
+            raise DataError(what, where=f"data.{name}", fix=fix)
     for rows in kept.values():
         ledger += _flags(rows)
     sources = {name: {row.source for row in rows} for name, rows in kept.items()}

@@ -7,6 +7,7 @@ where a template rewrites earlier turns, the later answer gets an Example of its
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,10 +74,25 @@ def _answer(
             where=conversation.source,
             fix="Use a base model whose template ends the prompt where the answer begins.",
         )
+    _refuse_early_end(conversation, turn, tokenizer, eos_ids)
     ids = _encode(tokenizer, after[len(before) :])
-    content = len(_encode(tokenizer, conversation.messages[turn].content)) if conversation.messages[turn].content else 0
-    ends = [place for place, token in enumerate(ids) if token in eos_ids and place + 1 >= content]
-    return ids[: ends[0] + 1] if ends else [*ids, eos_ids[0]]
+    end = next((place for place, token in enumerate(ids) if token in eos_ids), None)
+    return [*ids, eos_ids[0]] if end is None else ids[: end + 1]
+
+
+def _refuse_early_end(
+    conversation: Conversation, turn: int, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]
+) -> None:
+    """An answer that spells the end of turn would be cut there, in training and in every served answer."""
+    message = conversation.messages[turn]
+    written = message.content + json.dumps([dict(call) for call in message.tool_calls], ensure_ascii=False)
+    inside = [token for token in _encode(tokenizer, written) if token in eos_ids]
+    if inside:
+        raise DataError(
+            f"an answer holds {tokenizer.decode(inside[:1])!r}, which ends the model's turn",
+            where=conversation.source,
+            fix="Remove or respell these characters: the model could never write what follows them.",
+        )
 
 
 def _plain_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> Example:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +21,7 @@ def masked_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
     text = Text()
     trained = example.weights > 0
     edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(trained)]
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges):
         part = str(tokenizer.decode(example.tokens[start:end].tolist(), skip_special_tokens=False))
         text.append(part, style=TRAINED if trained[start] else CONTEXT)
     return text

@@ -24,6 +24,7 @@ from .measure import choice_accuracies, example_losses
 from .systems import Prompting
 
 TEXTS, TEXT_TOKENS, ANSWER_TOKENS = 48, 128, 24
+LONGEST_TOKEN_CHARACTERS = 16  # on average; the rest of a long text need not be tokenised
 NEUTRAL_PROMPTS = (
     "Explain in two sentences why the sky is blue.",
     "Write a short message thanking a colleague for their help.",
@@ -52,12 +53,52 @@ class General:
     correct: Float[np.ndarray, "M"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remembered:
+    """What is kept of the base, to hold tuned models against: its ability, and its distributions over its answers."""
+
+    general: General
+    retention: Sequence[Item]
+    answers: Sequence[Example]
+    distributions: Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forgetting:
+    """General ability of one tuned model beside its base, item by item; `kl` is per neutral question, in nats."""
+
+    before: General
+    after: General
+    kl: np.ndarray
+
+
+def remember(base: Model, retention: Sequence[Item]) -> Remembered:
+    """Measure the base before it is tuned; `retention` are multiple-choice items, perhaps none."""
+    answers = neutral_answers(base)
+    return Remembered(
+        general=general_ability(base, retention),
+        retention=retention,
+        answers=answers,
+        distributions=distributions(base, answers),
+    )
+
+
+def forgotten(before: Remembered, tuned: Model) -> Forgetting:
+    """The same measures of a tuned model, paired with its base's."""
+    return Forgetting(
+        before=before.general,
+        after=general_ability(tuned, before.retention),
+        kl=kl_from_base(before.distributions, distributions(tuned, before.answers)),
+    )
+
+
 def general_texts(model: Model) -> list[Example]:
     """Equal pieces of general prose, each long enough to carry a context."""
     topics = pydoc_data.topics.topics
     examples = []
     for name in sorted(topics, key=lambda topic: (-len(topics[topic]), topic))[:TEXTS]:
-        ids = model.tokenizer(" ".join(topics[name].split()), add_special_tokens=False)["input_ids"][:TEXT_TOKENS]
+        text = " ".join(topics[name].split())[: TEXT_TOKENS * LONGEST_TOKEN_CHARACTERS]
+        ids = model.tokenizer(text, add_special_tokens=False)["input_ids"][:TEXT_TOKENS]
         weights = np.array([0.0] + [1.0] * (len(ids) - 1), dtype=np.float32)
         examples.append(Example(tokens=np.array(ids, dtype=np.int64), weights=weights, id=name))
     return examples
@@ -67,7 +108,7 @@ def general_ability(model: Model, retention: Sequence[Item]) -> General:
     """Loss on general prose, and multiple choice on `retention` (may be empty)."""
     sums, counts = example_losses(model, general_texts(model))
     asked = Prompting(name="retention")
-    correct = choice_accuracies(model, asked, retention, ()) if retention else np.zeros(0)
+    correct = choice_accuracies(model, asked, retention) if retention else np.zeros(0)
     return General(losses=sums / np.maximum(counts, 1), correct=correct)
 
 

@@ -28,18 +28,19 @@ def measure(
     how: Sampling,
     *,
     arm: str = "",
-    choices: Sequence[str] = (),
     progress: Callable[[int], None] = lambda done: None,
 ) -> Measurement:
-    """Ask the model every item under `prompting` and grade the answers; log-likelihood metrics need no answer.
+    """Ask the model every item under `prompting` and grade the answers.
 
-    `grades` maps metric names to functions. `completion_loss` (nats per token of the reference) and, where `choices` or
-    the items' own are given, `choice_accuracy` are computed from the model's probabilities.
+    `grades` maps metric names to functions. `completion_loss` (nats per token of the reference) and `choice_accuracy`
+    (of each item's choices) are computed from the model's probabilities; where there is no other metric, nothing is
+    generated and the answers are empty. An item of plain text has no prompt.
     """
     start = time.monotonic()
-    prompts = [np.array(prompt_tokens(prompting.messages(item), model.tokenizer, item.tools)) for item in items]
-    completions = sample(model, prompts, how, progress)
-    answers = [completion.text.strip() for completion in completions]
+    prompts = [_prompt(model, prompting, item) for item in items]
+    completions = sample(model, prompts, how, progress) if any(name not in MODEL_METRICS for name in grades) else []
+    answers = [completion.text.strip() for completion in completions] or [""] * len(items)
+    sizes = [len(completion.tokens) for completion in completions] or [0] * len(items)
     seconds = time.monotonic() - start
     scores = {
         name: np.array(grade(items, answers), dtype=np.float64)
@@ -49,14 +50,14 @@ def measure(
     if "completion_loss" in grades:
         scores["completion_loss"] = completion_losses(model, prompting, items)
     if "choice_accuracy" in grades:
-        scores["choice_accuracy"] = choice_accuracies(model, prompting, items, choices)
+        scores["choice_accuracy"] = choice_accuracies(model, prompting, items)
     return Measurement(
         arm=arm or prompting.name,
         ids=tuple(item.id for item in items),
         answers=tuple(answers),
         scores=scores,
         prompt_tokens=np.array([len(prompt) for prompt in prompts]),
-        completion_tokens=np.array([len(completion.tokens) for completion in completions]),
+        completion_tokens=np.array(sizes),
         seconds=seconds,
     )
 
@@ -82,21 +83,18 @@ def looked_up(arm: str, answers: Sequence[str], items: Sequence[Item], grades: d
 
 def completion_losses(model: Model, prompting: Prompting, items: Sequence[Item]) -> np.ndarray:
     """Mean negative log-likelihood of each reference answer, end of turn included, in nats per token."""
-    return -_log_likelihoods(model, [_answered(model, prompting, item, item.reference) for item in items], mean=True)
+    return -_log_likelihoods(model, [_answered(model, prompting, item, item.reference) for item in items])
 
 
-def choice_accuracies(model: Model, prompting: Prompting, items: Sequence[Item], choices: Sequence[str]) -> np.ndarray:
-    """1 where the reference has the highest log-likelihood per token among the choices."""
-    options = [tuple(item.choices) or tuple(choices) for item in items]
-    examples = [
-        _answered(model, prompting, item, text) for item, texts in zip(items, options, strict=True) for text in texts
-    ]
-    flat = _log_likelihoods(model, examples, mean=True)
+def choice_accuracies(model: Model, prompting: Prompting, items: Sequence[Item]) -> np.ndarray:
+    """1 where the reference has the highest log-likelihood per token among the item's choices."""
+    examples = [_answered(model, prompting, item, text) for item in items for text in item.choices]
+    flat = _log_likelihoods(model, examples)
     right, at = [], 0
-    for item, texts in zip(items, options, strict=True):
-        best = texts[int(np.argmax(flat[at : at + len(texts)]))]
+    for item in items:
+        best = item.choices[int(np.argmax(flat[at : at + len(item.choices)]))]
         right.append(float(best == item.reference))
-        at += len(texts)
+        at += len(item.choices)
     return np.array(right)
 
 
@@ -129,13 +127,22 @@ def _runs(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return runs
 
 
-def _log_likelihoods(model: Model, examples: Sequence[Example], *, mean: bool) -> np.ndarray:
+def _log_likelihoods(model: Model, examples: Sequence[Example]) -> np.ndarray:
+    """Per token, so that long answers are not at a disadvantage."""
     sums, counts = example_losses(model, examples)
-    return -sums / np.maximum(counts, 1) if mean else -sums
+    return -sums / np.maximum(counts, 1)
+
+
+def _prompt(model: Model, prompting: Prompting, item: Item) -> np.ndarray:
+    turns = prompting.messages(item)
+    return np.array(prompt_tokens(turns, model.tokenizer, item.tools) if turns else [], dtype=np.int64)
 
 
 def _answered(model: Model, prompting: Prompting, item: Item, answer: str) -> Example:
-    """The item's prompt with `answer` as the only scored turn."""
+    """The item's prompt with `answer` as the only scored turn; without a prompt, `answer` as plain text."""
+    if not item.prompt:
+        text = Conversation(messages=(), text=answer, id=item.id, source=item.id)
+        return render(text, model.tokenizer, model.eos_ids)[0]
     turns = (*prompting.messages(item), Message(role="assistant", content=answer))
     row = Conversation(messages=turns, id=f"{item.id}:{answer}", source=item.id, tools=item.tools)
     example = render(row, model.tokenizer, model.eos_ids)[-1]

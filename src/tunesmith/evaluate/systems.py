@@ -32,20 +32,21 @@ class Prompting:
         """The turns sent for `item`."""
         turns = item.prompt
         system = [message for message in turns[:1] if message.role == "system"]
-        rest = turns[len(system) :]
-        shown = tuple(message for shot in self.shots for message in shot.messages if message.role != "system")
-        if not self.instructions:
-            return (*system, *shown, *rest)
-        if self.placement == "system":
+        asked = [tuple(m for m in shot.messages if m.role != "system") for shot in self.shots] + [turns[len(system) :]]
+        if self.instructions and self.placement == "user":
+            asked = [_instructed(part, self.instructions) for part in asked]
+        rest = tuple(message for part in asked for message in part)
+        if self.instructions and self.placement == "system":
             text = "\n\n".join([self.instructions.strip(), *(message.content for message in system)])
-            return (Message(role="system", content=text), *shown, *rest)
-        return (*system, *(_instructed(message, self.instructions) for message in (*shown, *rest)))
+            return (Message(role="system", content=text), *rest)
+        return (*system, *rest)
 
 
 def candidates(
     instructions: str, shots: int, train: Sequence[Conversation], *, seed: int, allow_system: bool
 ) -> list[Prompting]:
-    """Prompted arms to choose from on the validation rows: placements of the instructions, numbers and draws of shots."""
+    """Prompted arms to choose from on validation rows: placements of the instructions, numbers and draws of shots."""
+    train = [row for row in train if row.messages]  # plain text shows no question and answer
     placements: list[Placement] = ["system", "user"] if allow_system else ["user"]
     found = [Prompting(name="instructed", instructions=instructions, placement=p) for p in placements if instructions]
     counts = sorted({count for count in (1, shots // 2 + 1, shots) if 0 < count <= min(shots, len(train))})
@@ -70,7 +71,10 @@ def _draw(train: Sequence[Conversation], count: int, seed: int) -> tuple[Convers
     return tuple(train[int(place)] for place in places)
 
 
-def _instructed(message: Message, instructions: str) -> Message:
-    if message.role != "user":
-        return message
-    return Message(role="user", content=f"{instructions.strip()}\n\n{message.content}")
+def _instructed(turns: tuple[Message, ...], instructions: str) -> tuple[Message, ...]:
+    """The turns of one conversation with the instructions before what its user says first."""
+    place = next((place for place, message in enumerate(turns) if message.role == "user"), None)
+    if place is None:
+        return turns
+    told = Message(role="user", content=f"{instructions.strip()}\n\n{turns[place].content}")
+    return (*turns[:place], told, *turns[place + 1 :])

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..data.pack import pack
+from ..errors import TrainingError
 from ..tensors import Batch, LossTerms, Scores
 from ..types import Example
 from ..world import World
@@ -32,7 +33,10 @@ class CrossEntropy:
 
 
 class SftSteps:
-    """Batches of `batch` examples in an order that depends on (seed, epoch) alone."""
+    """Batches of `batch` examples in an order that depends on (seed, epoch) alone.
+
+    Raises TrainingError when a step has fewer examples than there are processes.
+    """
 
     def __init__(
         self,
@@ -47,6 +51,12 @@ class SftSteps:
         packs: bool = True,
     ) -> None:
         self.examples, self.batch, self.seed, self.world = examples, min(batch, len(examples)), seed, world
+        if self.batch < world.size:
+            raise TrainingError(
+                f"{world.size} processes cannot share steps of {self.batch} examples",
+                where="train.batch",
+                fix=f"Set train.batch to {world.size} or more, or start fewer processes.",
+            )
         self.budget_tokens = budget_tokens if packs else 1
         self.share = packs
         self.steps = max(1, math.ceil(epochs * len(examples) / self.batch))

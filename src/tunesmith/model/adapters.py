@@ -1,4 +1,4 @@
-"""What training hands over: a LoRA adapter in PEFT's layout, or a whole model folder. Both open in the other programs."""
+"""What training hands over: a LoRA adapter in PEFT's layout, or a whole model folder. Other programs open both."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import ModelError
@@ -14,9 +15,10 @@ from .load import Model
 from .lora import LoraShape, attach_lora, lora_layers
 
 _PREFIX = "base_model.model."
+_BEYOND_PLAIN = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
 
 
-def save_adapter(model: Model, shape: LoraShape, out: Path, base: str) -> Path:
+def save_adapter(model: Model, shape: LoraShape, out: Path) -> Path:
     """Write the adapter as PEFT reads it (adapter_config.json, adapter_model.safetensors), with the tokenizer."""
     with written_aside(out) as folder:
         tensors = {}
@@ -29,7 +31,6 @@ def save_adapter(model: Model, shape: LoraShape, out: Path, base: str) -> Path:
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": str(model.vocabulary.folder),
-            "tunesmith_base": base,
             "r": shape.rank,
             "lora_alpha": shape.alpha,
             "lora_dropout": 0.0,
@@ -40,9 +41,7 @@ def save_adapter(model: Model, shape: LoraShape, out: Path, base: str) -> Path:
             "init_lora_weights": True,
             "use_rslora": False,
         }
-        write_json(
-            folder / "adapter_config.json", {key: value for key, value in config.items() if key != "tunesmith_base"}
-        )
+        write_json(folder / "adapter_config.json", config)
         model.tokenizer.save_pretrained(folder)
         write_manifest(folder)
     return out
@@ -53,11 +52,11 @@ def load_adapter(model: Model, folder: Path) -> LoraShape:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"cannot read the adapter: {error}", where=str(folder), fix="Give a folder in PEFT's layout."
         ) from None
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or any(map(config.get, _BEYOND_PLAIN)):
         raise ModelError(
             "only plain LoRA adapters are supported", where=str(folder), fix="Merge the adapter with PEFT first."
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from ..tensors import Layout
 NAME = "tunesmith_packed"
 
 
+@runtime_checkable
 class Attend(Protocol):
     """How the queries of one layer meet keys and values. Heads first: H query heads, G groups of keys."""
 

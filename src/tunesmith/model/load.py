@@ -7,6 +7,7 @@ the model's own forward pass. An architecture that fails it is trained one examp
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from ..errors import ModelError
@@ -37,6 +39,7 @@ from .gguf import convert_gguf
 from .linear import Linear, use_fast_linear
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+_RUNS_CODE = {"auto_map", "trust_remote_code", "attn_implementation"}
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
@@ -103,8 +106,8 @@ class Model:
     @property
     def product_parameters(self) -> int:
         """Weights that take part in a matrix product per token: linear layers and the head, not the embedding."""
-        linear = sum(m.weight.numel() for m in self.hf.modules() if isinstance(m, Linear) and m is not self.head)
-        return linear + self.head_weight.numel()
+        layers = [m for m in self.hf.modules() if isinstance(m, (Linear, Conv1D)) and m is not self.head]
+        return sum(layer.weight.numel() for layer in layers) + self.head_weight.numel()
 
 
 def resolve(base: str) -> Path:
@@ -175,26 +178,35 @@ def load(base: str, world: World, *, dtype: torch.dtype | None = None) -> Model:
     dtype = dtype or (torch.bfloat16 if world.device.type == "cuda" else torch.float32)
     try:
         with _without_loading_bars():
-            hf = AutoModelForCausalLM.from_pretrained(
-                vocabulary.folder, dtype=dtype, attn_implementation=NAME, trust_remote_code=False, use_safetensors=True
+            hf, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+                vocabulary.folder,
+                dtype=dtype,
+                attn_implementation=NAME,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
             )
     except _UNREADABLE as error:
         raise _unreadable(vocabulary.folder, error) from error
+    if report["missing_keys"]:
+        raise _unreadable(vocabulary.folder, f"the weights lack {min(report['missing_keys'])}")
     hf.to(world.device)
     hf.eval()
     use_fast_linear(hf)
     notes = list(vocabulary.notes)
     difference = probe(hf, world.device)
+    if math.isnan(difference):
+        raise _unreadable(vocabulary.folder, "its log-probabilities are not numbers")
     packs = difference < (5e-2 if dtype == torch.bfloat16 else 1e-3)
     if not packs:
-        hf.set_attn_implementation("sdpa")
+        hf.set_attn_implementation("eager")  # the reference: others drop what they do not know (soft caps, sinks)
         notes.append(
             f"{type(hf).__name__} answers differently when packed ({difference:.1e}); one example a row instead"
         )
     return Model(hf=hf, vocabulary=vocabulary, packs=packs, notes=tuple(notes))
 
 
-def _unreadable(folder: Path, error: Exception) -> ModelError:
+def _unreadable(folder: Path, error: Exception | str) -> ModelError:
     first = str(error).strip().split("\n")[0]
     return ModelError(
         f"cannot load the model: {first}", where=str(folder), fix="Check that the folder is complete and undamaged."
@@ -218,7 +230,9 @@ def probe(hf: PreTrainedModel, device: torch.device) -> float:
 
     The second row continues the first (a shared prompt); the third stands alone.
     """
-    size = int(hf.get_output_embeddings().weight.shape[0])
+    head = hf.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    size = int(head.weight.shape[0])
     generator = torch.Generator().manual_seed(0)
     first, second, third = (torch.randint(0, size, (n,), generator=generator).to(device) for n in (7, 5, 9))
     layout = Layout(lengths=(7, 5, 9), parents=(-1, 0, -1))
@@ -230,7 +244,7 @@ def probe(hf: PreTrainedModel, device: torch.device) -> float:
             use_cache=False,
             attend=PackedAttention(layout),
         ).last_hidden_state[0]
-        packed = torch.log_softmax(hidden.float() @ hf.get_output_embeddings().weight.float().T, -1)
+        packed = torch.log_softmax(hidden.float() @ head.weight.float().T, -1)
         hf.set_attn_implementation("eager")
         whole = [torch.cat([first, second]), third]
         plain = torch.cat([hf(row[None], use_cache=False).logits[0] for row in whole])
@@ -255,7 +269,7 @@ def check_folder(folder: Path) -> None:
         raise ModelError(
             f"config.json cannot be read: {error}", where=str(folder), fix="Fetch the model again."
         ) from None
-    unsafe = [key for key in _keys(config) if key == "auto_map" or key.startswith("_attn_implementation")]
+    unsafe = [key for key in _keys(config) if key in _RUNS_CODE or key.startswith("_attn_implementation")]
     if unsafe:
         raise ModelError(
             f"config.json asks for {unsafe[0]!r}, which can run foreign code",

@@ -30,11 +30,12 @@ class LoraShape:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """dX = dY W + s (dY B) A,  dA = s (dY B)^T X,  dB = s dY^T (X A^T)."""
+    """dX = dY W + s (dY B) A,  dA = s (dY B)^T X,  dB = s dY^T (X A^T). A and B stay float32 under a bfloat16 W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
+        a, b = a.to(x.dtype), b.to(x.dtype)
         low = product(flat, a)
         y = product(flat, weight).add_(product(low, b), alpha=scale)
         if bias is not None:
@@ -54,7 +55,7 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = product(gradient, weight.T).add_(product(gradient_low, a.T))
             dx = dx.view(*grads[0].shape[:-1], weight.shape[1])
-        return dx, None, None, da, db, None
+        return dx, None, None, da.float(), db.float(), None
 
 
 class LoraLinear(Linear):
@@ -90,10 +91,11 @@ def attach_lora(module: nn.Module, shape: LoraShape, *, head: nn.Module | None =
         child.scale, child.enabled = shape.alpha / shape.rank, True
         total += child.lora_a.numel() + child.lora_b.numel()
     if not total:
+        names = linear_names(module, head)
         raise ModelError(
-            f"no linear layer is called {', '.join(shape.target or ())}",
+            f"no linear layer is called {', '.join(shape.target)}" if shape.target else "there is no linear layer",
             where="lora.target",
-            fix=f"The model has: {', '.join(linear_names(module, head))}.",
+            fix=f"The model has: {', '.join(names)}." if names else "Use update: full for this architecture.",
         )
     return total
 
@@ -124,6 +126,16 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enabled = True
+
+
+@torch.no_grad()
+def merge_lora(module: nn.Module) -> None:
+    """Add every adapter to its weights, W + s B A, and leave plain Linear layers."""
+    for layer in lora_layers(module).values():
+        update = product(layer.lora_b, layer.lora_a.T) * layer.scale
+        layer.weight.copy_(layer.weight.float() + update)
+        del layer.lora_a, layer.lora_b
+        layer.__class__ = Linear  # type: ignore[assignment]
 
 
 def _wanted(name: str, layer: nn.Module, shape: LoraShape, head: nn.Module | None) -> bool:

@@ -131,7 +131,7 @@ class _Decode:
 @torch.no_grad()
 def sample(
     model: Model,
-    prompts: Sequence[Int[np.ndarray, "P"]],
+    prompts: Sequence[Int[np.ndarray, "_"]],
     how: Sampling,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Completion]:
@@ -231,12 +231,13 @@ def _draw(logits: Float[Tensor, "B V"], rows: Sequence[_Row], how: Sampling) -> 
 
 def _inverse_cdf(probabilities: Tensor, draws: Tensor, top_p: float) -> Tensor:
     """Tokens at the quantiles `draws` of the nucleus: the most likely tokens that hold `top_p` of the mass."""
-    ordered, tokens = probabilities.sort(-1, descending=True, stable=True)
+    ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     mass = ordered.cumsum(-1)
     ordered = torch.where(mass - ordered < top_p, ordered, 0.0)
     mass = ordered.cumsum(-1)
     place = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True)
-    return tokens.gather(1, place.clamp_(max=tokens.shape[1] - 1))[:, 0]
+    last = (ordered > 0).sum(-1, keepdim=True) - 1  # rounding may put a draw near 1 past the nucleus
+    return tokens.gather(1, place.minimum(last))[:, 0]
 
 
 def _uniforms(how: Sampling, place: int) -> np.ndarray:

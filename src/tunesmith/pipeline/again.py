@@ -10,10 +10,10 @@ import numpy as np
 from rich.console import Console
 
 from ..data.curate import curate
-from ..data.read import items, read
+from ..data.read import read
 from ..data.render import prompt_tokens
 from ..data.split import Splits
-from ..errors import FolderError
+from ..errors import FolderError, RecipeError
 from ..evaluate.measure import measure
 from ..evaluate.metrics import find_metric
 from ..evaluate.stats import contrast, estimate
@@ -26,7 +26,7 @@ from ..recipe import DataSpec, Recipe, load_recipe
 from ..screen import Screen
 from ..types import Conversation, Measurement, Message
 from ..world import World
-from .prepare import answer_room
+from .prepare import conversations, questions
 
 
 def open_model(name: str, world: World, update: str = "") -> Model:
@@ -36,6 +36,8 @@ def open_model(name: str, world: World, update: str = "") -> Model:
         return load(name, world)
     folder, recipe = RunFolder(path=path), load_recipe(path / "recipe.yaml")
     wanted = update or (read_json(folder.results)["subject"] if folder.results.is_file() else recipe.update[0])
+    if wanted not in ("lora", "full", "base"):
+        raise RecipeError(f"unknown update {wanted!r}", where="--update", fix="Choose lora, full or base.")
     if wanted == "base":
         return load(recipe.base, world)
     made = folder.adapter if wanted == "lora" else folder.model
@@ -53,24 +55,23 @@ def open_model(name: str, world: World, update: str = "") -> Model:
 
 
 def evaluate_again(run_folder: Path, data: str, update: str, screen: Screen) -> dict[str, Any]:
-    """Grade a run's model on other rows. Looking at the run's own test file counts as one more read of it."""
+    """Grade a run's model on other rows. Asking any of the run's own test rows again counts as one more read."""
     if not is_run_folder(run_folder):
         raise FolderError(
             "not a run folder", where=str(run_folder), fix="Give the folder that `tunesmith run` printed."
         )
-    recipe = load_recipe(run_folder / "recipe.yaml")
+    folder = RunFolder(path=run_folder)
+    recipe, plan = load_recipe(folder.recipe), read_json(folder.plan)
+    if not {"root", "max_new_tokens"} <= set(plan):
+        raise FolderError("does not say how answers were made", where=str(folder.plan), fix="Run the recipe again.")
+    names = [recipe.task.metric, *recipe.task.also]
+    grades = {name: find_metric(name, recipe.task, Path(plan["root"])) for name in names}
+    asked = questions(_rows(data, recipe), recipe.task)
     model = open_model(str(run_folder), World(), update)
-    asked = items(_rows(data, recipe))
-    grades = {name: find_metric(name, recipe.task, run_folder) for name in [recipe.task.metric, *recipe.task.also]}
-    how = Sampling(
-        max_new_tokens=recipe.task.max_new_tokens or answer_room([item.reference for item in asked], model.vocabulary),
-        batch=recipe.evaluate.batch,
-    )
+    how = Sampling(max_new_tokens=plan["max_new_tokens"], batch=recipe.evaluate.batch)
     with screen.progress("answering", len(asked)) as tick:
-        found = measure(
-            model, Prompting(name="tuned"), asked, grades, how, choices=tuple(recipe.task.choices or ()), progress=tick
-        )
-    _count_read(RunFolder(path=run_folder), data, recipe)
+        found = measure(model, Prompting(name="tuned"), asked, grades, how, progress=tick)
+    _count_read(folder, set(found.ids))
     level, seed = recipe.evaluate.level, recipe.evaluate.seed
     return {
         "data": data,
@@ -88,20 +89,16 @@ def compare_runs(first: Path, second: Path) -> list[list[str]]:
             "the two runs share no test row", where=f"{first}, {second}", fix="Give both the same test file."
         )
     rows = []
-    for metric in a[shared[0]]:
-        if metric in b[shared[0]]:
-            one, two = (_measurement(scores, shared, metric) for scores in (a, b))
-            found = contrast(one, two, metric)
-            d = found.difference
-            rows.append(
-                [
-                    metric,
-                    f"{one.scores[metric].mean():.4f}",
-                    f"{two.scores[metric].mean():.4f}",
-                    f"{d.value:+.4f} ({d.low:+.4f} to {d.high:+.4f}, n = {d.n})",
-                    f"{found.p_value:.2g}",
-                ]
-            )
+    metrics = [metric for metric in a[shared[0]] if metric in b[shared[0]]]
+    if not metrics:
+        raise FolderError("the two runs share no metric", where=f"{first}, {second}", fix="Add one to task.also.")
+    for metric in metrics:
+        one, two = (_measurement(scores, shared, metric) for scores in (a, b))
+        found = contrast(one, two, metric)
+        d = found.difference
+        values = [f"{arm.scores[metric].mean():.4f}" for arm in (one, two)]
+        change = f"{d.value:+.4f} ({d.low:+.4f} to {d.high:+.4f}, n = {d.n})"
+        rows.append([metric, *values, change, f"{found.p_value:.2g}"])
     return rows
 
 
@@ -109,7 +106,7 @@ def chat_with(name: str, console: Console) -> None:
     """Questions and answers in the terminal, with everything said so far as context."""
     model = open_model(name, World())
     turns: list[Message] = []
-    while question := console.input("[bold cyan]you[/] ").strip():
+    while question := _asked(console):
         turns.append(Message(role="user", content=question))
         prompt = np.array(prompt_tokens(turns, model.tokenizer))
         (answer,) = sample(model, [prompt], Sampling(max_new_tokens=256))
@@ -117,17 +114,25 @@ def chat_with(name: str, console: Console) -> None:
         turns.append(Message(role="assistant", content=answer.text))
 
 
-def _rows(data: str, recipe: Recipe) -> list[Conversation]:
+def _asked(console: Console) -> str:
+    """What the user types; nothing at the end of the input."""
+    try:
+        return console.input("[bold cyan]you[/] ").strip()
+    except EOFError:
+        return ""
+
+
+def _rows(data: str, recipe: Recipe) -> tuple[Conversation, ...]:
     spec = DataSpec(train=data, layout=recipe.data.layout, columns=recipe.data.columns)
-    rows = tuple(row for row in read(data, spec) if isinstance(row, Conversation))
-    kept, _ = curate(Splits(train=rows, valid=(), test=()), spec)
-    return [row for row in kept.train if isinstance(row, Conversation)]
+    kept, _ = curate(Splits(train=(), valid=(), test=tuple(read(data, spec))), spec)
+    return conversations(kept.test)
 
 
-def _count_read(folder: RunFolder, data: str, recipe: Recipe) -> None:
-    if folder.results.is_file() and data == recipe.data.test:
+def _count_read(folder: RunFolder, asked: set[str]) -> None:
+    if folder.results.is_file():
         results = read_json(folder.results)
-        write_json(folder.results, {**results, "test_reads": results["test_reads"] + 1})
+        if asked & {line["id"] for line in read_jsonl(folder.answers(results["subject"]))}:
+            write_json(folder.results, {**results, "test_reads": results["test_reads"] + 1})
 
 
 def _answers(run_folder: Path) -> dict[str, dict[str, float]]:

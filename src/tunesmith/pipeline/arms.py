@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ..data.render import as_dict
+from ..data.render import as_dict, prompt_tokens
 from ..evaluate.lookup import majority, nearest_neighbour
 from ..evaluate.measure import looked_up, measure
-from ..evaluate.metrics import higher_is_better
+from ..evaluate.metrics import MODEL_METRICS, higher_is_better
 from ..evaluate.systems import Prompting, candidates, takes_system
 from ..folder import RunFolder, read_json, read_jsonl, write_json, write_jsonl
 from ..model.load import Model
@@ -21,6 +22,7 @@ from ..model.sample import Sampling
 from ..recipe import Recipe
 from ..screen import Screen
 from ..types import Conversation, Grade, Item, Measurement
+from .prepare import Prepared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,66 +36,26 @@ class Selected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asking:
-    """How every arm is asked and graded."""
+    """How every arm is asked and graded; `metric` decides."""
 
     grades: Mapping[str, Grade]
     metric: str
     how: Sampling
-    choices: tuple[str, ...] = ()
 
 
 def select_prompts(
-    recipe: Recipe,
-    model: Model,
-    train: Sequence[Conversation],
-    items: Sequence[Item],
-    asking: Asking,
-    folder: RunFolder,
-    screen: Screen,
+    recipe: Recipe, model: Model, data: Prepared, asking: Asking, folder: RunFolder, screen: Screen
 ) -> Selected:
     """Try placements of the instructions and numbers of shots on validation rows; keep the best of each kind."""
-    path = folder.path / "selection.json"
-    base = Prompting(name="base")
-    options = [base, *_options(recipe, model, train)]
-    tried = read_json(path)["tried"] if path.is_file() else []
-    if not tried:
-        with screen.progress("choosing prompts on validation rows", len(options)) as tick:
-            for done, option in enumerate(options, 1):
-                found = measure(
-                    model,
-                    option,
-                    items,
-                    {asking.metric: asking.grades[asking.metric]},
-                    asking.how,
-                    choices=asking.choices,
-                )
-                value = float(np.mean(found.scores[asking.metric]))
-                tried.append(
-                    {
-                        "arm": option.name,
-                        "placement": option.placement,
-                        "shots": [row.id for row in option.shots],
-                        "valid": value,
-                    }
-                )
-                tick(done, f"{option.name} {value:.3f}")
-        write_json(path, {"metric": asking.metric, "rows": len(items), "tried": tried})
+    options = [Prompting(name="base"), *_options(recipe, model, data, screen)]
+    found = _tried(options, model, data.valid_items, asking, folder, screen)
     sign = 1.0 if higher_is_better(asking.metric) else -1.0
-    scores = [sign * float(trial["valid"]) for trial in tried]
+    scores = [sign * value for value in found]
     chosen = [_best(name, options, scores) for name in dict.fromkeys(option.name for option in options)]
     winner = max(chosen, key=lambda place: (scores[place], place))
     for place in chosen:
-        option = options[place]
-        told = (
-            f"{len(option.shots)} shots"
-            if option.shots
-            else f"instructions as {option.placement} turn"
-            if option.instructions
-            else "prompt alone"
-        )
-        screen.line(
-            f"{option.name}: {told}, {asking.metric} {tried[place]['valid']:.3f} on {len(items)} validation rows"
-        )
+        seen = f"{asking.metric} {found[place]:.3f} on {len(data.valid_items)} validation rows"
+        screen.line(f"{options[place].name}: {_told(options[place])}, {seen}")
     arms = tuple(options[place] for place in chosen)
     few_shot = next((len(arm.shots) for arm in arms if arm.name == "few_shot"), 0)
     return Selected(arms=arms, best=options[winner].name, shots=few_shot)
@@ -112,9 +74,7 @@ def ask(
 
     def fresh() -> Measurement:
         with screen.progress(f"{arm}: answering test rows", len(items)) as tick:
-            return measure(
-                model, prompting, items, dict(asking.grades), asking.how, arm=arm, choices=asking.choices, progress=tick
-            )
+            return measure(model, prompting, items, dict(asking.grades), asking.how, arm=arm, progress=tick)
 
     return _once(arm, items, folder, fresh)
 
@@ -122,7 +82,12 @@ def ask(
 def look_up(
     train: Sequence[Conversation], items: Sequence[Item], asking: Asking, folder: RunFolder
 ) -> dict[str, Measurement]:
-    """The arms that need no model: copy the nearest training row's answer; give the commonest answer."""
+    """The arms that need no model: copy the nearest training row's answer; give the commonest answer.
+
+    There are none where no metric grades answers, or where training rows are plain text.
+    """
+    if set(asking.grades) <= MODEL_METRICS or not all(row.prompt for row in train):
+        return {}
     functions: dict[str, Callable[..., list[str]]] = {"nearest_neighbour": nearest_neighbour, "majority": majority}
     return {
         arm: _once(arm, items, folder, lambda arm=arm, f=f: looked_up(arm, f(train, items), items, dict(asking.grades)))
@@ -130,12 +95,53 @@ def look_up(
     }
 
 
-def _options(recipe: Recipe, model: Model, train: Sequence[Conversation]) -> list[Prompting]:
-    task = recipe.task
-    if not task.instructions and not task.shots:
+def _options(recipe: Recipe, model: Model, data: Prepared, screen: Screen) -> list[Prompting]:
+    """Prompted arms that fit the model's context; none where there is nothing to ask."""
+    task, items = recipe.task, [item for item in (*data.valid_items, *data.test_items) if item.prompt]
+    if not items:
         return []
     system = takes_system(model.tokenizer)
-    return candidates(task.instructions, task.shots, train, seed=recipe.evaluate.seed, allow_system=system)
+    found = candidates(task.instructions, task.shots, data.rows, seed=recipe.evaluate.seed, allow_system=system)
+    longest = max(items, key=lambda item: sum(len(message.content) for message in item.prompt))
+    room = model.vocabulary.context_tokens - data.max_new_tokens
+    fits = [len(prompt_tokens(o.messages(longest), model.tokenizer, longest.tools)) <= room for o in found]
+    for option, fit in zip(found, fits, strict=True):
+        if not fit:
+            screen.warn(f"{option.name}: {_told(option)} left out, longer than the model's context")
+    return [option for option, fit in zip(found, fits, strict=True) if fit]
+
+
+def _tried(
+    options: Sequence[Prompting],
+    model: Model,
+    items: Sequence[Item],
+    asking: Asking,
+    folder: RunFolder,
+    screen: Screen,
+) -> list[float]:
+    """The mean of the deciding metric for each option, from the run folder if the same options were tried before."""
+    path = folder.path / "selection.json"
+    described = [{"arm": o.name, "placement": o.placement, "shots": [row.id for row in o.shots]} for o in options]
+    saved = read_json(path)["tried"] if path.is_file() else []
+    if [{key: trial[key] for key in ("arm", "placement", "shots")} for trial in saved] == described:
+        return [float(trial["valid"]) for trial in saved]
+    grades = {asking.metric: asking.grades[asking.metric]}
+    values: list[float] = []
+    with screen.progress("choosing prompts on validation rows", len(options)) as tick:
+        for option in options:
+            found = measure(model, option, items, grades, asking.how)
+            values.append(float(np.mean(found.scores[asking.metric])))
+            tick(len(values), f"{option.name} {values[-1]:.3f}")
+    tried = [{**option, "valid": value} for option, value in zip(described, values, strict=True)]
+    write_json(path, {"metric": asking.metric, "rows": len(items), "tried": tried})
+    return values
+
+
+def _told(option: Prompting) -> str:
+    """What an option shows the model, in words."""
+    if option.shots:
+        return f"{len(option.shots)} shots"
+    return f"instructions as {option.placement} turn" if option.instructions else "prompt alone"
 
 
 def _best(name: str, options: Sequence[Prompting], scores: Sequence[float]) -> int:
@@ -145,9 +151,11 @@ def _best(name: str, options: Sequence[Prompting], scores: Sequence[float]) -> i
 
 
 def _once(arm: str, items: Sequence[Item], folder: RunFolder, fresh: Callable[[], Measurement]) -> Measurement:
+    """A measurement from the run folder, if it is of these items, or else a fresh one that is then written there."""
     path = folder.answers(arm)
-    if path.is_file():
-        return _read(arm, folder)
+    saved = read_jsonl(path)
+    if saved and [line["id"] for line in saved] == [item.id for item in items]:
+        return _read(arm, saved)
     found = fresh()
     lines = [
         {
@@ -166,8 +174,7 @@ def _once(arm: str, items: Sequence[Item], folder: RunFolder, fresh: Callable[[]
     return found
 
 
-def _read(arm: str, folder: RunFolder) -> Measurement:
-    lines = read_jsonl(folder.answers(arm))
+def _read(arm: str, lines: Sequence[Mapping[str, Any]]) -> Measurement:
     return Measurement(
         arm=arm,
         ids=tuple(line["id"] for line in lines),

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..data.curate import Census, census, curate, drop_overlong
+from ..data.curate import SPLITS, Census, census, curate, drop_overlong
 from ..data.read import items, read
 from ..data.render import render
 from ..data.split import Splits, split
 from ..errors import DataError, RecipeError
+from ..folder import sha256_file
 from ..model.load import Vocabulary
-from ..recipe import DataSpec, Recipe
+from ..recipe import DataSpec, Recipe, TaskSpec
 from ..screen import Screen
 from ..types import Conversation, Example, Item, LedgerEntry
 
@@ -39,7 +41,7 @@ class Prepared:
     def counts(self) -> dict[str, Any]:
         """`data` and `census` of results.json."""
         total = self.census.total
-        sizes = {name: count.kept for name, count in self.census.splits.items()}
+        sizes = {"train": len(self.rows), "valid": len(self.valid_items), "test": len(self.test_items)}
         tokens = [len(example.tokens) for example in self.train]
         spread = {f"p{share}": float(np.percentile(tokens, share)) for share in (5, 50, 95)}
         return {
@@ -58,30 +60,64 @@ def prepare(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> Prepared:
     spec = recipe.data
     whole = split(read(spec.train, spec), spec)
     kept, ledger = curate(whole, spec)
-    kept = Splits(train=_conversations(kept.train), valid=_conversations(kept.valid), test=_conversations(kept.test))
     limit = min(spec.max_tokens or vocabulary.context_tokens, vocabulary.context_tokens)
-    parts: dict[str, list[list[Example]]] = {}
-    for name in ("train", "valid", "test"):
-        rows, parts[name], entries = _rendered(getattr(kept, name), vocabulary, limit, spec)
-        kept = Splits(**{n: rows if n == name else getattr(kept, n) for n in ("train", "valid", "test")})
+    rows: dict[str, tuple[Conversation, ...]] = {}
+    examples: dict[str, list[list[Example]]] = {}
+    for name in SPLITS:
+        found = conversations(getattr(kept, name))
+        rows[name], examples[name], entries = _rendered(found, vocabulary, limit, spec)
         ledger += entries
-    counted = census(whole, kept, ledger)
-    train = tuple(example for examples in parts["train"] for example in examples)
+    counted = census(whole, Splits(**rows), ledger)
+    train = tuple(example for parts in examples["train"] for example in parts)
     check_trained(train, vocabulary)
-    wanted = recipe.evaluate.rows
-    valid_rows = kept.valid[: recipe.evaluate.valid_rows]
+    valid_rows = recipe.evaluate.valid_rows
+    seen = zip(rows["train"] + rows["valid"], examples["train"] + examples["valid"], strict=True)
+    answers = [parts[-1] for row, parts in seen if row.prompt]
     prepared = Prepared(
-        rows=kept.train,  # type: ignore[arg-type]
+        rows=rows["train"],
         train=train,
-        valid=tuple(example for examples in parts["valid"][: len(valid_rows)] for example in examples),
-        valid_items=tuple(items(valid_rows)),  # type: ignore[arg-type]
-        test_items=tuple(items(kept.test[:wanted])),  # type: ignore[arg-type]
-        max_new_tokens=recipe.task.max_new_tokens or answer_room([row.completion for row in kept.train], vocabulary),
+        valid=tuple(example for parts in examples["valid"][:valid_rows] for example in parts),
+        valid_items=questions(rows["valid"][:valid_rows], recipe.task),
+        test_items=questions(rows["test"][: recipe.evaluate.rows], recipe.task),
+        max_new_tokens=recipe.task.max_new_tokens or answer_room(answers),
         census=counted,
         ledger=tuple(ledger),
     )
     _show(prepared, screen)
     return prepared
+
+
+def questions(rows: Sequence[Conversation], task: TaskSpec) -> tuple[Item, ...]:
+    """Held-out rows as questions with their choices. Raises DataError naming a row that the metrics cannot grade."""
+    metrics = {task.metric, *task.also}
+    found = [replace(item, choices=item.choices or tuple(task.choices or ())) for item in items(rows)]
+    for row, item in zip(rows, found, strict=True):
+        if not item.prompt and metrics != {"completion_loss"}:
+            wrong = min(metrics - {"completion_loss"})
+            fix = "Set task.metric: completion_loss and leave task.also out, or give rows with a prompt."
+            raise DataError(f"plain text asks nothing, so {wrong} has no answer to grade", where=row.source, fix=fix)
+        if "choice_accuracy" in metrics and item.reference not in item.choices:
+            what = (
+                f"the answer {item.reference[:60]!r} is none of task.choices"
+                if item.choices
+                else "there are no choices"
+            )
+            fix = "Set task.choices to the closed list of answers, spelled as in the data."
+            raise DataError(f"{what}, which metric choice_accuracy needs", where=row.source, fix=fix)
+    return tuple(found)
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of each local file of rows that the recipe names, by key: a run goes on only with what it began with."""
+    data = recipe.data
+    named = {
+        "data.train": data.train,
+        "data.valid": data.valid,
+        "data.test": data.test,
+        "evaluate.retention": recipe.evaluate.retention,
+    }
+    files = {key: Path(name) for key, name in named.items() if isinstance(name, str)}
+    return {key: sha256_file(path) for key, path in files.items() if path.is_file()}
 
 
 def check_trained(examples: Sequence[Example], vocabulary: Vocabulary) -> None:
@@ -105,15 +141,15 @@ def _rendered(
     rows: Sequence[Conversation], vocabulary: Vocabulary, limit: int, spec: DataSpec
 ) -> tuple[tuple[Any, ...], list[list[Example]], list[LedgerEntry]]:
     """Rows within the limit, their examples, and ledger entries of the others."""
-    examples = {row.id: render(row, vocabulary.tokenizer, vocabulary.eos_ids) for row in rows}
-    lengths = [max(len(example.tokens) for example in examples[row.id]) for row in rows]
     if not rows:
         return (), [], []
+    examples = {row.id: render(row, vocabulary.tokenizer, vocabulary.eos_ids) for row in rows}
+    lengths = [max(len(example.tokens) for example in examples[row.id]) for row in rows]
     kept, entries = drop_overlong(rows, lengths, limit, spec.overlong)
     return kept, [examples[row.id] for row in kept], list(entries)
 
 
-def _conversations(rows: Sequence[object]) -> tuple[Conversation, ...]:
+def conversations(rows: Sequence[object]) -> tuple[Conversation, ...]:
     """Rows that supervised tuning can use. Raises RecipeError for preference pairs."""
     found = tuple(row for row in rows if isinstance(row, Conversation))
     if len(found) != len(rows):
@@ -125,10 +161,11 @@ def _conversations(rows: Sequence[object]) -> tuple[Conversation, ...]:
     return found
 
 
-def answer_room(answers: Sequence[str], vocabulary: Vocabulary) -> int:
-    """Tokens of the longest answer and a quarter more, as a multiple of 8."""
-    encoded = vocabulary.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
-    longest = max((len(ids) for ids in encoded), default=0) + 1  # type: ignore[arg-type]
+def answer_room(answers: Sequence[Example]) -> int:
+    """Tokens of the longest answer, end of turn included, and a quarter more, as a multiple of 8."""
+    longest = max(
+        (len(answer.tokens) - 1 - int(np.flatnonzero(answer.weights == 0)[-1]) for answer in answers), default=1
+    )
     return 8 * math.ceil(longest * ANSWER_ROOM / 8)
 
 
@@ -141,7 +178,9 @@ def _show(prepared: Prepared, screen: Screen) -> None:
     screen.table(["split", "read", "kept", "left out", "flagged"], rows)
     tokens = [len(example.tokens) for example in prepared.train]
     trained = sum(int((example.weights > 0).sum()) for example in prepared.train)
+    asks = any(item.prompt for item in (*prepared.valid_items, *prepared.test_items))
     screen.line(
         f"{sum(tokens):,} training tokens, {trained:,} of them trained; {np.percentile(tokens, 5):.0f} to "
-        f"{np.percentile(tokens, 95):.0f} tokens a row; answers up to {prepared.max_new_tokens} tokens"
+        f"{np.percentile(tokens, 95):.0f} tokens a row"
+        + (f"; answers up to {prepared.max_new_tokens} tokens" if asks else "")
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..evaluate.forgetting import General
+from ..evaluate.forgetting import Forgetting
 from ..evaluate.metrics import higher_is_better
 from ..evaluate.stats import contrast, decide, estimate
 from ..recipe import Recipe
@@ -17,15 +17,6 @@ from ..report.cost import lora_versus_full, savings
 from ..types import Contrast, Estimate, Measurement
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forgetting:
-    """General ability of one tuned model beside its base, item by item."""
-
-    before: General
-    after: General
-    kl: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,26 +8,64 @@ Each stage leaves its result in the run folder, so the same command goes on wher
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..data.read import read_choices
-from ..errors import RecipeError
-from ..evaluate.forgetting import distributions, general_ability, kl_from_base, neutral_answers
-from ..evaluate.metrics import find_metric
-from ..evaluate.stats import smallest_difference
+from ..errors import FolderError, RecipeError
+from ..evaluate.forgetting import Forgetting, Remembered, forgotten, remember
+from ..evaluate.metrics import find_metric, higher_is_better
 from ..evaluate.systems import Prompting
-from ..folder import RunFolder, locked, open_run, write_json, write_jsonl
-from ..model.load import load
+from ..folder import RunFolder, is_run_folder, locked, only_begun, open_run, read_json, write_json, write_jsonl
+from ..model.load import Model, load
 from ..model.sample import Sampling
-from ..recipe import Recipe, dump_recipe
+from ..recipe import Recipe, Update, dump_recipe
 from ..report.page import write_report
 from ..screen import Screen
 from ..train.meter import machine
+from ..types import Item, Measurement
 from ..world import World
-from .arms import Asking, ask, look_up, select_prompts
-from .prepare import prepare
-from .results import Findings, Forgetting, conclude
+from .arms import Asking, Selected, ask, look_up, select_prompts
+from .forecast import what_rows_show
+from .prepare import Prepared, fingerprints, prepare
+from .results import Findings, conclude
 from .tune import Material, tune
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """All that a run works with, read and checked before there is a run folder."""
+
+    recipe: Recipe
+    root: Path
+    data: Prepared
+    retention: Sequence[Item]
+    asking: Asking
+    world: World
+    screen: Screen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Before:
+    """What the base model can do with prompts alone, and what must not be forgotten. Known to the first rank."""
+
+    selected: Selected
+    measured: Mapping[str, Measurement]
+    remembered: Remembered | None
+    product_parameters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class After:
+    """One tuned model: what training took, and on the first rank how it did on the test rows."""
+
+    train: Mapping[str, Any]
+    valid_metric: float
+    measured: Measurement | None
+    forgetting: Forgetting | None
 
 
 def run(
@@ -37,105 +75,154 @@ def run(
     screen: Screen | None = None,
     root: Path = Path(),
 ) -> RunFolder:
-    """Do everything the recipe asks for and return the run folder.
+    """Do everything the recipe asks for and return the run folder; a finished run is returned as it is.
 
     `root` is where the recipe's own files (metrics in file.py) are looked up. Raises TunesmithError.
     """
     world, screen = world or World(), screen or Screen(quiet=True)
+    started = time.monotonic()
+    folder = RunFolder(path=Path(recipe.out or "runs/run"))
+    if _finished(folder, recipe, world):
+        screen.line(f"{folder.path} is finished; to run again, delete it or choose another `out`")
+        return folder
+    job, base = _read(recipe, world, screen, root)
+    with _opened(folder, job):
+        before = _baselines(job, base, folder) if world.leads else None
+        del base
+        world.barrier()
+        after = {update: _tuned(job, update, folder, before) for update in recipe.update}
+        if before:
+            screen.stage("Verdict")
+            found = _findings(job, before, after, seconds=time.monotonic() - started)
+            write_json(folder.results, conclude(recipe, found))
+            write_report(folder.path)
+        world.barrier()
+    return folder
+
+
+def _finished(folder: RunFolder, recipe: Recipe, world: World) -> bool:
+    """Whether the folder already holds this run's results. Raises FolderError for one that is not this recipe's."""
+    if not is_run_folder(folder.path):
+        return False
+    if world.leads:
+        open_run(folder.path, dump_recipe(recipe))
+    world.barrier()
+    if folder.plan.is_file() and not only_begun(folder):
+        began, now = read_json(folder.plan).get("files", {}), fingerprints(recipe)
+        changed = [key for key, digest in now.items() if began.get(key, digest) != digest]
+        if changed:
+            what = f"the file of {changed[0]} has changed since this run began"
+            raise FolderError(what, where=str(folder.path), fix="Choose another `out`, or delete this folder.")
+    return folder.results.is_file()
+
+
+def _read(recipe: Recipe, world: World, screen: Screen, root: Path) -> tuple[Job, Model]:
+    """Everything that can be wrong with the recipe, its files or its base shows here, before a folder is made."""
     if recipe.method != "sft":
         raise RecipeError(f"method {recipe.method} is not built yet", where="method", fix="Use method: sft.")
-    folder = open_run(Path(recipe.out or "runs/run"), dump_recipe(recipe))
-    with locked(folder):
-        return _run(recipe, folder, world, screen, root)
-
-
-def _run(recipe: Recipe, folder: RunFolder, world: World, screen: Screen, root: Path) -> RunFolder:
-    started = time.monotonic()
-    metrics = list(dict.fromkeys([recipe.task.metric, *recipe.task.also]))
-    grades = {name: find_metric(name, recipe.task, root) for name in metrics}
-
+    for name in ("valid", "test"):
+        if not getattr(recipe.data, name):
+            use = "prompts and weights are chosen" if name == "valid" else "the result is judged"
+            raise RecipeError(f"{use} on {name} rows", where=f"data.{name}", fix="Give a fraction above 0, or a file.")
+    grades = {name: find_metric(name, recipe.task, root) for name in [recipe.task.metric, *recipe.task.also]}
+    retention = read_choices(recipe.evaluate.retention) if recipe.evaluate.retention else []
     screen.stage("Base model", recipe.base)
     base = load(recipe.base, world)
     for note in base.notes:
         screen.warn(note)
-    screen.line(
-        f"{base.parameters / 1e6:.0f} M parameters, context {base.vocabulary.context_tokens:,} tokens, {world.device}"
-    )
-
+    size = f"{base.parameters / 1e6:,.0f} M parameters" if base.parameters > 1e6 else f"{base.parameters:,} parameters"
+    screen.line(f"{size}, context {base.vocabulary.context_tokens:,} tokens, {world.device}")
     screen.stage("Data", recipe.data.train)
     data = prepare(recipe, base.vocabulary, screen)
-    write_jsonl(folder.ledger, data.ledger)
+    screen.line(what_rows_show(recipe, len(data.test_items))[1])
     how = Sampling(max_new_tokens=data.max_new_tokens, batch=recipe.evaluate.batch)
-    asking = Asking(grades=grades, metric=recipe.task.metric, how=how, choices=tuple(recipe.task.choices or ()))
-    shown = smallest_difference(len(data.test_items), recipe.evaluate.level)
-    screen.line(
-        f"{len(data.test_items)} test rows can show a difference of {100 * shown:.1f} points (level {recipe.evaluate.level:.0%}, power 80 %)"
-    )
-    if not folder.plan.is_file():
-        write_json(
-            folder.plan,
-            {
-                "machine": machine(world.device),
+    asking = Asking(grades=grades, metric=recipe.task.metric, how=how)
+    job = Job(recipe=recipe, root=root, data=data, retention=retention, asking=asking, world=world, screen=screen)
+    return job, base
+
+
+@contextmanager
+def _opened(folder: RunFolder, job: Job) -> Iterator[None]:
+    """The run folder, held alone by the first rank, with ledger and plan."""
+    if not job.world.leads:
+        job.world.barrier()
+        yield
+        return
+    open_run(folder.path, dump_recipe(job.recipe))
+    with locked(folder):
+        write_jsonl(folder.ledger, job.data.ledger)
+        if only_begun(folder) or not folder.plan.is_file():
+            plan = {
+                "machine": machine(job.world.device),
                 "derived": [],
                 "arms": {},
-                "smallest_difference": _difference(shown, len(data.test_items)),
-            },
-        )
+                "smallest_difference": _smallest_difference(job),
+                "max_new_tokens": job.asking.how.max_new_tokens,
+                "root": job.root.resolve(),
+                "files": fingerprints(job.recipe),
+            }
+            write_json(folder.plan, plan)
+        job.world.barrier()
+        yield
 
+
+def _baselines(job: Job, base: Model, folder: RunFolder) -> Before:
+    """The base model's best fair chance and lookups over the test rows, and its general ability."""
+    data, asking, screen = job.data, job.asking, job.screen
     screen.stage("Baselines", "the base model's best fair chance, and lookups")
-    selected = select_prompts(recipe, base, data.rows, data.valid_items, asking, folder, screen)
-    measured = {arm.name: ask(arm.name, base, arm, data.test_items, asking, folder, screen) for arm in selected.arms}
-    measured |= look_up(data.rows, data.test_items, asking, folder)
-    retention = read_choices(recipe.evaluate.retention) if recipe.evaluate.retention else []
-    if recipe.evaluate.forgetting:
-        before = general_ability(base, retention)
-        neutral = neutral_answers(base)
-        reference = distributions(base, neutral)
-    parameters = base.product_parameters
-    del base
+    selected = select_prompts(job.recipe, base, data, asking, folder, screen)
+    asked = {arm.name: ask(arm.name, base, arm, data.test_items, asking, folder, screen) for arm in selected.arms}
+    return Before(
+        selected=selected,
+        measured=asked | look_up(data.rows, data.test_items, asking, folder),
+        remembered=remember(base, job.retention) if job.recipe.evaluate.forgetting else None,
+        product_parameters=base.product_parameters,
+    )
 
+
+def _tuned(job: Job, update: Update, folder: RunFolder, before: Before | None) -> After:
+    """Train one update; the first rank, which knows what was before, then asks the tuned model the test rows."""
+    data, asking = job.data, job.asking
     material = Material(
         train=data.train,
         valid=data.valid,
         valid_items=data.valid_items,
-        metric=recipe.task.metric,
-        grade=grades[recipe.task.metric],
-        how=how,
+        metric=asking.metric,
+        grade=asking.grades[asking.metric],
+        how=asking.how,
     )
-    trained, forgetting, valid = {}, {}, {}
-    for update in recipe.update:
-        screen.stage("Training", f"{update} fine-tuning")
-        tuned = tune(recipe, update, material, folder, world, screen)
-        trained[update], valid[update] = tuned.train, tuned.valid_metric
-        measured[update] = ask(update, tuned.model, Prompting(name=update), data.test_items, asking, folder, screen)
-        if recipe.evaluate.forgetting:
-            kl = kl_from_base(reference, distributions(tuned.model, neutral))
-            forgetting[update] = Forgetting(before=before, after=general_ability(tuned.model, retention), kl=kl)
-        del tuned
-
-    screen.stage("Verdict")
-    found = Findings(
-        measurements=measured,
-        trained=trained,
-        forgetting=forgetting,
-        best_prompted=selected.best,
-        shots=selected.shots,
-        subject=max(recipe.update, key=lambda update: valid[update]),
-        product_parameters=parameters,
-        facts={
-            **data.counts,
-            "machine": machine(world.device),
-            "smallest_difference": _difference(shown, len(data.test_items)),
-            "seconds": time.monotonic() - started,
-        },
-    )
-    write_json(folder.results, conclude(recipe, found))
-    write_report(folder.path)
-    return folder
+    job.screen.stage("Training", f"{update} fine-tuning")
+    tuned = tune(job.recipe, update, material, folder, job.world, job.screen)
+    measured = forgetting = None
+    if before:
+        prompting = Prompting(name=update)
+        measured = ask(update, tuned.model, prompting, data.test_items, asking, folder, job.screen)
+        forgetting = forgotten(before.remembered, tuned.model) if before.remembered else None
+    return After(train=tuned.train, valid_metric=tuned.valid_metric, measured=measured, forgetting=forgetting)
 
 
-def _difference(value: float, rows: int) -> dict[str, object]:
-    return {
-        "value": value,
-        "explanation": f"the smallest true difference that {rows} paired test rows show with power 80 %",
+def _findings(job: Job, before: Before, after: Mapping[str, After], *, seconds: float) -> Findings:
+    """All that was measured; the best update by validation is the one that the verdict is about."""
+    sign = 1 if higher_is_better(job.asking.metric) else -1
+    facts = {
+        **job.data.counts,
+        "machine": machine(job.world.device),
+        "smallest_difference": _smallest_difference(job),
+        "seconds": seconds,
     }
+    return Findings(
+        measurements={**before.measured, **{name: one.measured for name, one in after.items() if one.measured}},
+        trained={name: one.train for name, one in after.items()},
+        forgetting={name: one.forgetting for name, one in after.items() if one.forgetting},
+        best_prompted=before.selected.best,
+        shots=before.selected.shots,
+        subject=max(after, key=lambda name: sign * after[name].valid_metric),
+        product_parameters=before.product_parameters,
+        facts=facts,
+    )
+
+
+def _smallest_difference(job: Job) -> dict[str, object]:
+    rows = len(job.data.test_items)
+    explanation = f"the smallest true difference that {rows} paired test rows show with power 80 %"
+    return {"value": what_rows_show(job.recipe, rows)[0], "explanation": explanation}

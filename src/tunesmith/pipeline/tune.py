@@ -11,7 +11,7 @@ import numpy as np
 
 from ..evaluate.measure import example_losses, measure
 from ..evaluate.systems import Prompting
-from ..folder import RunFolder, append_jsonl, read_json, read_jsonl, write_bytes, write_json
+from ..folder import RunFolder, append_jsonl, read_json, read_jsonl, write_bytes, write_json, write_jsonl
 from ..methods.sft import CrossEntropy, SftSteps
 from ..model.adapters import load_adapter, save_adapter, save_model
 from ..model.load import Model, load
@@ -89,7 +89,7 @@ def tune(
     }
     if world.leads:
         if update == "lora":
-            save_adapter(model, shape, target, recipe.base)
+            save_adapter(model, shape, target)
         else:
             save_model(model, target)
         write_json(record, {"train": train, "valid_metric": best["valid_metric"]})
@@ -188,9 +188,8 @@ def _train(
                 line = _validate(update, done.step, model, material, world)
                 history.append(line)
                 _keep_if_best(folder, update, model, history, world)
-                screen.line(
-                    f"step {done.step}: validation loss {line['valid_loss']:.4f}, {material.metric} {line['valid_metric']:.3f}"
-                )
+                found = f"validation loss {line['valid_loss']:.4f}, {material.metric} {line['valid_metric']:.3f}"
+                screen.line(f"step {done.step}: {found}")
                 if _worse_for(history) >= recipe.train.patience:
                     screen.line(f"stopped early: no better validation loss for {recipe.train.patience} evaluations")
                     break
@@ -241,8 +240,7 @@ def _history(folder: RunFolder, update: Update, *, before: int, leads: bool) -> 
     lines = read_jsonl(folder.metrics)
     kept = [line for line in lines if line["arm"] != update or line["step"] < before]
     if leads and len(kept) != len(lines):
-        folder.metrics.unlink()
-        append_jsonl(folder.metrics, *kept)
+        write_jsonl(folder.metrics, kept)
     wanted = ("step", "valid_loss", "valid_metric")
     return [{key: line[key] for key in wanted} for line in kept if line["arm"] == update and "valid_loss" in line]
 

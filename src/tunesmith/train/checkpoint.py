@@ -6,7 +6,7 @@ What a step needs besides is a function of its number (data order, learning rate
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +14,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..folder import manifest_problem, read_json, write_json, write_manifest, written_aside
+from ..folder import manifest_problem, read_json, storage_errors, write_json, write_manifest, written_aside
 
 KEPT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
-    """A checkpoint read back: the number of finished steps, and what the loop had counted by then."""
+    """A checkpoint read back: finished steps, what the loop had counted by then, newer ones passed over and why."""
 
     step: int
     state: Mapping[str, float]
     path: Path
-    damaged: tuple[str, ...] = ()
+    damaged: Mapping[str, str]
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -36,7 +36,8 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def save_weights(module: nn.Module, path: Path) -> None:
     """The trained parameters in one safetensors file."""
-    save_file({name: p.detach().contiguous().cpu() for name, p in trainable(module).items()}, path)
+    with storage_errors(path):
+        save_file({name: p.detach().contiguous().cpu() for name, p in trainable(module).items()}, path)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -64,17 +65,27 @@ def save_checkpoint(
 
 def resume(root: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Saved | None:
     """Load the newest checkpoint whose hashes are right into module and optimizer; None if there is none."""
-    damaged: list[str] = []
+    damaged: dict[str, str] = {}
     for path in reversed(_steps(root)):
         problem = manifest_problem(path)
         if problem:
-            damaged.append(f"{path.name}: {problem}")
+            damaged[path.name] = problem
             continue
         load_weights(module, path / "weights.safetensors")
         _restore(module, optimizer, load_file(path / "optimizer.safetensors"))
         state = read_json(path / "state.json")
-        return Saved(step=int(state.pop("step")), state=state, path=path, damaged=tuple(damaged))
-    return Saved(step=0, state={}, path=root, damaged=tuple(damaged)) if damaged else None
+        return Saved(step=int(state.pop("step")), state=state, path=path, damaged=damaged)
+    return Saved(step=0, state={}, path=root, damaged=damaged) if damaged else None
+
+
+def tidy(root: Path, damaged: Sequence[str]) -> None:
+    """Set damaged checkpoints aside as `damaged-step-N`, so that they count no more; delete what a kill left half."""
+    for name in damaged:
+        aside = root / f"damaged-{name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (root / name).rename(aside)
+    for left in root.glob(".*.tmp"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _steps(root: Path) -> list[Path]:
@@ -92,6 +103,4 @@ def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> d
 def _restore(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     for name, parameter in trainable(module).items():
         keys = [key.rsplit(":", 1)[1] for key in tensors if key.rsplit(":", 1)[0] == name]
-        optimizer.state[parameter] = {
-            key: tensors[f"{name}:{key}"].to(parameter.device if key != "step" else "cpu") for key in keys
-        }
+        optimizer.state[parameter] = {key: tensors[f"{name}:{key}"].to(parameter.device) for key in keys}

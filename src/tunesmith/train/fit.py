@@ -19,7 +19,7 @@ from ..model.load import Model
 from ..model.score import score
 from ..tensors import Batch, Loss, StepSource
 from ..world import World
-from .checkpoint import resume, save_checkpoint, trainable
+from .checkpoint import resume, save_checkpoint, tidy, trainable
 from .meter import memory_bytes
 from .optim import Optimization, adamw, learning_rate
 
@@ -69,12 +69,15 @@ def fit(
     tokens, scored, seconds = (totals.get(key, 0.0) for key in ("tokens", "scored_tokens", "seconds"))
     last_save = time.monotonic()
     note = f"resumed after step {first}" if first else ""
-    damaged = saved.damaged if saved else ()
+    damaged = tuple(f"{name}: {problem}" for name, problem in saved.damaged.items()) if saved else ()
+    world.barrier()
+    if world.leads:
+        tidy(checkpoints, tuple(saved.damaged) if saved else ())
     for step in range(first, source.steps):
         start = time.monotonic()
         batches = [batch.to(world.device) for batch in source(step)]
         value, norm, share, report = _step(model, batches, loss, optimizer, step, source.steps, how, world)
-        here = world.sum([sum(len(batch.tokens) for batch in batches), share])
+        here = world.sum([float(sum(len(batch.tokens) for batch in batches)), share])
         took = time.monotonic() - start
         tokens, scored, seconds = tokens + here[0], scored + here[1], seconds + took
         yield StepDone(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def graceful(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Inside the block, a first signal only makes the yielded function return True. Does nothing outside the main thread."""
+    """Inside the block, a first signal only makes the yielded function return True. Works in the main thread only."""
     asked: list[int] = []
 
     def wish(number: int, frame: object) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from ..errors import TrainingError
 from ..model.linear import Linear
@@ -21,10 +22,11 @@ from ..recipe import Recipe, Update
 from ..tensors import Batch, Loss, StepSource
 from ..types import Derived, Example
 from .checkpoint import trainable
-from .meter import available_bytes, peak_memory_bytes, reset_peak_memory
+from .meter import available_bytes, memory_bytes, peak_memory_bytes, reset_peak_memory
 
 DRY_STEPS = 3
-RESERVED = 0.9
+RESERVED = 0.9  # share of the memory that a run may plan with
+SAFE = 0.7  # of the micro-batch that would just fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,9 +118,10 @@ def predict(
     Raises TrainingError when the predicted peak does not fit, with the micro-batch that would.
     """
     parameters = trainable(model.hf)
-    steps = [source(step) for step in np.linspace(0, source.steps - 1, DRY_STEPS + 1, dtype=int)]
+    steps = [source(int(step)) for step in np.linspace(0, source.steps - 1, DRY_STEPS + 1, dtype=int)]
     heaviest = max((b for step in steps for b in step), key=lambda b: len(b.tokens))
     reset_peak_memory()
+    resting = memory_bytes(model.device)
     _pass(model, heaviest, loss)
     rates = []
     for step in steps[1:]:
@@ -130,15 +133,9 @@ def predict(
     for parameter in parameters.values():
         parameter.grad = None
     trained = sum(parameter.numel() for parameter in parameters.values())
-    peak += 8 * trained
-    available = available_bytes(model.device)
-    if peak > RESERVED * available:
-        fits = int(len(heaviest.tokens) * RESERVED * available / peak / 2)
-        raise TrainingError(
-            f"training needs about {peak / 1e9:.1f} GB, the machine has {available / 1e9:.1f} GB",
-            where="train.microbatch_tokens",
-            fix=f"Set train.microbatch_tokens to {fits}, or choose update: lora or a smaller base.",
-        )
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+    _refuse_too_big(peak - resting - weights, resting + 3 * weights, heaviest, max(sizes), model.device)
+    peak += 2 * weights
     tokens_per_step = sum(len(b.tokens) for step in steps for b in step) / len(steps)
     optimizer_seconds = 28 * trained / 15e9
     seconds = source.steps * (float(np.median(rates)) * tokens_per_step + optimizer_seconds)
@@ -147,8 +144,26 @@ def predict(
     )
 
 
+def _refuse_too_big(moving: float, fixed: float, heaviest: Batch, longest: int, device: torch.device) -> None:
+    """Raise TrainingError when `moving` bytes, which grow with the micro-batch, and `fixed` ones do not fit.
+
+    Fixed are the process, the gradients and AdamW's two moments.
+    """
+    available = available_bytes(device)
+    room = RESERVED * available - fixed
+    if moving <= room:
+        return
+    fits = int(SAFE * len(heaviest.tokens) * max(room, 0.0) / max(moving, 1.0))
+    smaller = f"Set train.microbatch_tokens to {fits}, or choose" if fits >= longest else "Choose"
+    raise TrainingError(
+        f"training needs about {(moving + fixed) / 1e9:.1f} GB, the machine has {available / 1e9:.1f} GB",
+        where="train.microbatch_tokens",
+        fix=f"{smaller} update: lora, shorter rows (data.max_tokens) or a smaller base.",
+    )
+
+
 def flops(model: Model, update: Update, sizes: Sequence[int], examples: float) -> float:
-    """Useful training FLOPs: 6 per weight and token for full fine-tuning, 4 for LoRA (no gradient of frozen weights)."""
+    """Useful training FLOPs per weight and token: 6 for full tuning, 4 for LoRA (frozen weights get no gradient)."""
     tokens = float(np.mean(sizes)) * examples
     return (6 if update == "full" else 4) * model.product_parameters * tokens
 

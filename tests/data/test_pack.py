@@ -1,0 +1,146 @@
+"""Packing changes where tokens stand, never what a model says of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunesmith.data.pack import SHARE_FROM_TOKENS, bins, common_prefix, pack, pack_one
+from tunesmith.model.load import Model
+from tunesmith.model.score import score
+from tunesmith.types import Example
+
+
+def example(tokens: list[int], scored: list[int], name: str = "r", **extra: np.ndarray) -> Example:
+    weights = np.zeros(len(tokens), dtype=np.float32)
+    weights[scored] = 1.0
+    return Example(tokens=np.array(tokens, dtype=np.int64), weights=weights, id=name, extra=extra)
+
+
+@st.composite
+def examples(draw: st.DrawFn) -> list[Example]:
+    """Rows over three token ids, so that long common prefixes are frequent; each trains at least one token."""
+    stem = draw(st.lists(st.integers(0, 2), min_size=0, max_size=24))
+    rows = []
+    for number in range(draw(st.integers(1, 5))):
+        kept = draw(st.integers(0, len(stem)))
+        tokens = stem[:kept] + draw(st.lists(st.integers(0, 2), min_size=2, max_size=8))
+        scored = draw(st.sets(st.integers(1, len(tokens) - 1), min_size=1))
+        rows.append(example(tokens, sorted(scored), str(number)))
+    return rows
+
+
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 50))
+def test_bins_hold_every_example_once_and_no_more_than_the_budget(sizes: list[int], budget: int) -> None:
+    groups = bins(sizes, budget)
+    assert sorted(item for group in groups for item in group) == list(range(len(sizes)))
+    for group in groups:
+        assert len(group) == 1 or sum(sizes[item] for item in group) <= budget
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(50, 100))
+def test_no_two_bins_would_fit_into_one(sizes: list[int], budget: int) -> None:
+    totals = sorted(sum(sizes[item] for item in group) for group in bins(sizes, budget))
+    assert len(totals) == 1 or totals[0] + totals[1] > budget
+
+
+@given(examples())
+def test_the_common_prefix_is_common_and_swallows_no_scored_position(rows: list[Example]) -> None:
+    shared = common_prefix(rows)
+    assert shared == 0 or shared >= SHARE_FROM_TOKENS
+    for row in rows:
+        assert row.tokens[:shared].tolist() == rows[0].tokens[:shared].tolist()
+        assert int(np.flatnonzero(row.weights)[0]) - 1 >= shared  # the position that predicts it is the row's own
+
+
+@given(examples(), st.booleans(), st.integers(1, 60))
+def test_batches_score_every_trained_token_from_the_token_before_it(
+    rows: list[Example], share: bool, budget: int
+) -> None:
+    """Oracle: walk the layout's chain of segments back to the row's whole text."""
+    seen: dict[str, list[tuple[list[int], int]]] = {row.id: [] for row in rows}
+    for batch in pack(rows, budget_tokens=budget, share=share):
+        starts = batch.layout.starts
+        for index, target, owner in zip(
+            batch.index.tolist(), batch.targets.tolist(), batch.owner.tolist(), strict=True
+        ):
+            segment = max(n for n, start in enumerate(starts) if start <= index)
+            before: list[int] = []
+            for part in batch.layout.ancestors(segment):
+                before += batch.tokens[starts[part] : starts[part] + batch.layout.lengths[part]].tolist()
+            context = before + batch.tokens[starts[segment] : index + 1].tolist()
+            assert int(batch.positions[index]) == len(context) - 1
+            seen[batch.ids[owner]].append((context, target))
+    for row in rows:
+        wanted = [(row.tokens[:t].tolist(), int(row.tokens[t])) for t in np.flatnonzero(row.weights)]
+        assert seen[row.id] == wanted
+
+
+def test_numbers_of_scored_tokens_travel_with_them() -> None:
+    rows = [
+        example([5, 6, 7, 8], [2, 3], "a", advantage=np.array([0, 1, 2, 3], dtype=np.float32)),
+        example([5, 9, 7], [1], "b", advantage=np.array([4, 5, 6], dtype=np.float32)),
+    ]
+    batch = pack_one(rows)
+    assert batch.targets.tolist() == [7, 8, 9]
+    assert batch.extra["advantage"].tolist() == [2, 3, 5]
+    assert batch.owner.tolist() == [0, 0, 1]
+
+
+def test_a_shared_prompt_is_stored_once(tiny_examples: list[Example]) -> None:
+    shared = pack_one(tiny_examples[:10])
+    alone = pack_one(tiny_examples[:10], share=False)
+    prefix = common_prefix(tiny_examples[:10])
+    assert prefix >= 20
+    assert len(shared.tokens) == len(alone.tokens) - 9 * prefix
+    assert shared.layout.parents == (-1, *[0] * 10)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_packed_log_probs_are_those_of_each_row_alone(
+    share: bool, tiny_examples: list[Example], tiny_model: Model
+) -> None:
+    rows = tiny_examples[:9]
+    with torch.no_grad():
+        packed = score(tiny_model, pack_one(rows, share=share)).log_probs
+        alone = torch.cat([score(tiny_model, pack_one([row])).log_probs for row in rows])
+        logits = [tiny_model_logits(tiny_model, row) for row in rows]
+    plain = torch.cat([one[np.flatnonzero(row.weights)] for one, row in zip(logits, rows, strict=True)])
+    torch.testing.assert_close(packed, alone, rtol=0, atol=2e-6)
+    torch.testing.assert_close(packed, plain, rtol=0, atol=5e-6)
+
+
+def tiny_model_logits(model: Model, row: Example) -> torch.Tensor:
+    """Log-probability of each token of a row by the model's own attention; the first has none."""
+    model.hf.set_attn_implementation("eager")
+    try:
+        logits = model.hf(torch.from_numpy(row.tokens)[None], use_cache=False).logits[0].double()
+    finally:
+        model.hf.set_attn_implementation("tunesmith_packed")
+    chosen = torch.log_softmax(logits[:-1], -1).gather(1, torch.from_numpy(row.tokens)[1:, None])[:, 0]
+    return torch.cat([torch.zeros(1, dtype=torch.float64), chosen]).float()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 5), st.integers(0, 2**32 - 1))
+def test_changing_one_example_moves_no_bit_of_another(
+    tiny_examples: list[Example], tiny_model: Model, changed: int, seed: int
+) -> None:
+    rows = tiny_examples[:6]
+    draw = np.random.default_rng(seed)
+    prefix = common_prefix(rows)
+    tokens = rows[changed].tokens.copy()
+    tokens[prefix:] = draw.integers(3, 250, len(tokens) - prefix)
+    tokens[prefix] = rows[changed].tokens[prefix]  # the shared part stays as long as it was
+    other = Example(tokens=tokens, weights=rows[changed].weights, id="changed")
+    with torch.no_grad():
+        before, after = (
+            score(tiny_model, pack_one(batch)).log_probs
+            for batch in (rows, [other if n == changed else row for n, row in enumerate(rows)])
+        )
+    owner = pack_one(rows).owner
+    assert torch.equal(before[owner != changed], after[owner != changed])
+    assert not torch.equal(before[owner == changed], after[owner == changed])

@@ -1,0 +1,99 @@
+"""The fast product and the two hand-written backward passes, against plain autograd in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tunesmith.model.linear import Linear, product, use_fast_linear
+from tunesmith.model.lora import LoraShape, attach_lora
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def compare(layer: nn.Module, exact: nn.Module, x: Tensor) -> None:
+    """Outputs and all gradients of `layer` and of its float64 twin."""
+    one, other = x.clone().requires_grad_(), x.double().requires_grad_()
+    y, z = layer(one), exact(other)
+    torch.testing.assert_close(y.double(), z, rtol=1e-5, atol=1e-5)
+    slope = randn(*y.shape, seed=9)
+    (y * slope).sum().backward()
+    (z * slope.double()).sum().backward()
+    assert one.grad is not None
+    torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
+    twins = dict(exact.named_parameters())
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad.double(), twins[name].grad, rtol=1e-4, atol=1e-4)
+        else:
+            assert parameter.grad is None
+
+
+class ExactLora(nn.Module):
+    """W x + s B A x by plain autograd."""
+
+    def __init__(self, layer: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        for name, parameter in layer.named_parameters():
+            twin = nn.Parameter(parameter.detach().double(), requires_grad=parameter.requires_grad)
+            self.register_parameter(name, twin)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self._parameters.get("bias")
+        y = nn.functional.linear(x, self.weight, bias)  # type: ignore[arg-type]
+        return y + self.scale * (x @ self.lora_a.T) @ self.lora_b.T  # type: ignore[union-attr,operator]
+
+
+@pytest.mark.parametrize("shape", [(5,), (1,), (2, 3), (0,)], ids=str)
+def test_the_product_is_x_times_the_transpose(shape: tuple[int, ...]) -> None:
+    x, weight = randn(shape[0], 7), randn(4, 7, seed=1)
+    torch.testing.assert_close(product(x, weight), x @ weight.T)
+    transposed = randn(7, 4, seed=1).T
+    torch.testing.assert_close(product(x, transposed), x @ transposed.T)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6, 8), (2, 3, 8), (1, 1, 8)], ids=str)
+def test_linear_is_nn_linear_forward_and_backward(shape: tuple[int, ...], bias: bool) -> None:
+    holder = nn.Sequential(nn.Linear(8, 5, bias=bias))
+    exact = nn.Linear(8, 5, bias=bias).double()
+    exact.load_state_dict(holder[0].state_dict())
+    use_fast_linear(holder)
+    assert type(holder[0]) is Linear
+    compare(holder[0], exact, randn(*shape))
+
+
+def test_a_frozen_linear_passes_the_gradient_on_and_keeps_none() -> None:
+    layer = Linear(8, 5)
+    exact = nn.Linear(8, 5).double()
+    exact.load_state_dict(layer.state_dict())
+    layer.requires_grad_(False)
+    compare(layer, exact, randn(6, 8))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6, 8), (2, 3, 8)], ids=str)
+def test_a_lora_layer_is_plain_autograd_of_its_formula(shape: tuple[int, ...], bias: bool) -> None:
+    holder = nn.Sequential(Linear(8, 5, bias=bias))
+    attach_lora(holder, LoraShape(rank=3, alpha=6.0))
+    layer = holder[0]
+    with torch.no_grad():
+        layer.lora_b.copy_(randn(5, 3, seed=2))  # type: ignore[union-attr,operator]
+    compare(layer, ExactLora(layer, 2.0), randn(*shape))
+
+
+def test_adapters_stay_float32_on_a_bfloat16_base() -> None:
+    holder = nn.Sequential(Linear(8, 5)).bfloat16()
+    attach_lora(holder, LoraShape(rank=2, alpha=4.0))
+    x = randn(6, 8).bfloat16().requires_grad_()
+    y = holder(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    layer = holder[0]
+    assert x.grad is not None
+    assert layer.lora_a.dtype == layer.lora_b.grad.dtype == torch.float32  # type: ignore[union-attr]

@@ -1,0 +1,214 @@
+"""An adapter changes what it should, is read by peft as it was written, and belongs to its base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tunesmith.errors import ModelError
+from tunesmith.model.adapters import load_adapter, save_adapter, save_model
+from tunesmith.model.attention import PackedAttention
+from tunesmith.model.linear import Linear
+from tunesmith.model.load import Model, load
+from tunesmith.model.lora import LoraShape, adapters_off, attach_lora, lora_layers, merge_lora
+from tunesmith.tensors import Layout
+from tunesmith.world import World
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by peft
+SHAPE = LoraShape(rank=4, alpha=8.0)
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@torch.no_grad()
+def logits(model: Model) -> Tensor:
+    tokens = torch.arange(3, 20)
+    attend = PackedAttention(Layout(lengths=(17,), parents=(-1,)))
+    out = model.body(input_ids=tokens[None], position_ids=torch.arange(17)[None], use_cache=False, attend=attend)
+    return out.last_hidden_state[0] @ model.head_weight.T
+
+
+@torch.no_grad()
+def plain_logits(model: nn.Module) -> Tensor:
+    return model(torch.arange(3, 20)[None], use_cache=False).logits[0]
+
+
+def shake(model: Model) -> None:
+    """Give every B other values than its zeros."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in lora_layers(model.hf).values():
+            layer.lora_b.copy_(torch.randn(layer.lora_b.shape, generator=generator) * 0.1)
+
+
+@pytest.fixture
+def adapted(fresh_model: Model) -> Model:
+    attach_lora(fresh_model.hf, SHAPE, head=fresh_model.head)
+    shake(fresh_model)
+    return fresh_model
+
+
+def test_a_new_adapter_leaves_the_base_as_it_was(fresh_model: Model, tiny_model: Model) -> None:
+    attach_lora(fresh_model.hf, SHAPE, head=fresh_model.head)
+    assert torch.equal(logits(fresh_model), logits(tiny_model))
+
+
+def test_only_the_adapter_is_trained_and_the_head_has_none(fresh_model: Model) -> None:
+    count = attach_lora(fresh_model.hf, SHAPE, head=fresh_model.head)
+    trained = {name: p for name, p in fresh_model.hf.named_parameters() if p.requires_grad}
+    assert count == sum(p.numel() for p in trained.values())
+    assert {name.rsplit(".", 1)[1] for name in trained} == {"lora_a", "lora_b"}
+    assert {name.split(".")[-2] for name in trained} == set(LINEAR)
+    assert len(lora_layers(fresh_model.hf)) == 14
+
+
+def test_where_an_adapter_starts_depends_on_the_seed_and_the_layer_only(tiny_model_folder: Path) -> None:
+    first, again, other = (load(str(tiny_model_folder), World()) for _ in range(3))
+    for model, target, seed in ((first, None, 0), (again, ("q_proj",), 0), (other, ("q_proj",), 1)):
+        attach_lora(model.hf, LoraShape(rank=4, alpha=8.0, target=target, seed=seed), head=model.head)
+    for name, layer in lora_layers(again.hf).items():
+        assert torch.equal(layer.lora_a, lora_layers(first.hf)[name].lora_a)
+        assert not torch.equal(layer.lora_a, lora_layers(other.hf)[name].lora_a)
+
+
+def test_switching_adapters_off_gives_the_base_bit_for_bit(adapted: Model, tiny_model: Model) -> None:
+    tuned = logits(adapted)
+    with adapters_off(adapted.hf):
+        assert torch.equal(logits(adapted), logits(tiny_model))
+    assert torch.equal(logits(adapted), tuned)
+    assert not torch.allclose(tuned, logits(tiny_model), atol=1e-3)
+
+
+def test_adapters_come_back_on_after_an_error(adapted: Model) -> None:
+    with pytest.raises(KeyError), adapters_off(adapted.hf):
+        raise KeyError
+    assert all(layer.enabled for layer in lora_layers(adapted.hf).values())
+
+
+def test_merged_weights_answer_as_the_adapter_does(adapted: Model) -> None:
+    before = logits(adapted)
+    merge_lora(adapted.hf)
+    assert not lora_layers(adapted.hf)
+    assert all(type(m) is Linear for m in adapted.hf.modules() if isinstance(m, nn.Linear))
+    torch.testing.assert_close(logits(adapted), before, rtol=0, atol=1e-5)
+
+
+def test_a_merged_model_is_saved_as_a_plain_one(adapted: Model, tmp_path: Path) -> None:
+    before = logits(adapted)
+    merge_lora(adapted.hf)
+    save_model(adapted, tmp_path / "merged")
+    torch.testing.assert_close(logits(load(str(tmp_path / "merged"), World())), before, rtol=0, atol=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(plain_logits(plain), before, rtol=0, atol=1e-5)
+
+
+def test_peft_reads_what_we_write(adapted: Model, tiny_model_folder: Path, tmp_path: Path) -> None:
+    save_adapter(adapted, SHAPE, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    torch.testing.assert_close(plain_logits(theirs), logits(adapted), rtol=0, atol=1e-5)
+    torch.testing.assert_close(plain_logits(theirs.merge_and_unload()), logits(adapted), rtol=0, atol=1e-5)
+
+
+def test_what_we_write_we_read_bit_for_bit(adapted: Model, tiny_model_folder: Path, tmp_path: Path) -> None:
+    save_adapter(adapted, SHAPE, tmp_path / "adapter")
+    again = load(str(tiny_model_folder), World())
+    shape = load_adapter(again, tmp_path / "adapter")
+    assert (shape.rank, shape.alpha) == (SHAPE.rank, SHAPE.alpha)
+    assert torch.equal(logits(again), logits(adapted))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("target", [LINEAR, ["q_proj", "v_proj"]], ids=["all", "two"])
+def test_we_read_what_peft_writes(rslora: bool, target: list[str], fresh_model: Model, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(fresh_model.vocabulary.folder)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=target, use_rslora=rslora, task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    theirs = peft.get_peft_model(base, config).eval()
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    load_adapter(fresh_model, tmp_path / "adapter")
+    torch.testing.assert_close(logits(fresh_model), plain_logits(theirs), rtol=0, atol=1e-5)
+
+
+def other_base(folder: Path, out: Path, **changes: int) -> Model:
+    shutil.copytree(folder, out)
+    config = LlamaConfig.from_pretrained(folder)
+    config.update(changes)
+    LlamaForCausalLM(config).save_pretrained(out)
+    return load(str(out), World())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_hidden_layers": 3}, "does not fit this base: model.layers.2"),
+        ({"intermediate_size": 96}, "has another shape"),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused(
+    changes: dict[str, int], reason: str, adapted: Model, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    save_adapter(adapted, SHAPE, tmp_path / "adapter")
+    with pytest.raises(ModelError, match=reason) as caught:
+        load_adapter(other_base(tiny_model_folder, tmp_path / "other", **changes), tmp_path / "adapter")
+    assert str(tmp_path / "adapter") in str(caught.value)
+    assert "base it was trained on" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"peft_type": "LOHA"},
+        {"use_dora": True},
+        {"bias": "all"},
+        {"alpha_pattern": {"q_proj": 1}},
+        {"rank_pattern": {"q_proj": 1}},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_an_adapter_that_is_more_than_lora_is_refused(
+    change: dict[str, object], adapted: Model, fresh_model: Model, tmp_path: Path
+) -> None:
+    save_adapter(adapted, SHAPE, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ModelError, match="only plain LoRA"):
+        load_adapter(fresh_model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("damage", ["no folder", "not json", "cut weights"])
+def test_a_damaged_adapter_is_refused_with_its_folder(
+    damage: str, adapted: Model, fresh_model: Model, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    save_adapter(adapted, SHAPE, folder)
+    if damage == "no folder":
+        folder = tmp_path / "nothing"
+    elif damage == "not json":
+        (folder / "adapter_config.json").write_text("{")
+    else:
+        weights = folder / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=f"{folder}: cannot read the adapter"):
+        load_adapter(fresh_model, folder)
+
+
+def test_an_unknown_target_names_the_layers_there_are(fresh_model: Model) -> None:
+    with pytest.raises(ModelError, match=r"no linear layer is called c_attn\n.*down_proj, gate_proj"):
+        attach_lora(fresh_model.hf, LoraShape(rank=4, alpha=8.0, target=("c_attn",)), head=fresh_model.head)
+
+
+def test_a_saved_model_answers_bit_for_bit(fresh_model: Model, tmp_path: Path) -> None:
+    save_model(fresh_model, tmp_path / "model")
+    again = load(str(tmp_path / "model"), World())
+    assert torch.equal(logits(again), logits(fresh_model))
+    assert again.eos_ids == fresh_model.eos_ids
+    assert again.tokenizer.chat_template == fresh_model.tokenizer.chat_template

@@ -1,0 +1,131 @@
+"""Rows become examples and questions: what is asked, how long an answer may be, and what a metric cannot grade."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.data.read import read
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.model.load import Vocabulary, load_vocabulary
+from tunesmith.pipeline.forecast import what_rows_show
+from tunesmith.pipeline.prepare import Prepared, conversations, fingerprints, prepare, questions
+from tunesmith.recipe import DataSpec, TaskSpec, parse_recipe
+from tunesmith.screen import Screen
+from tunesmith.types import Conversation
+
+Make = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tiny_model_folder: Path) -> Vocabulary:
+    return load_vocabulary(str(tiny_model_folder))
+
+
+def prepared(raw: dict[str, Any], vocabulary: Vocabulary) -> Prepared:
+    return prepare(parse_recipe(raw), vocabulary, Screen(quiet=True))
+
+
+def written(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def texts(count: int) -> list[dict[str, Any]]:
+    return [{"text": f"{n} {chr(97 + n % 26) * 9} stands alone"} for n in range(count)]
+
+
+def rows_of(path: str) -> tuple[Conversation, ...]:
+    return conversations(tuple(read(path, DataSpec(train=path))))
+
+
+def test_counts_are_of_the_rows_that_are_used(tiny_recipe: Make, vocabulary: Vocabulary) -> None:
+    found = prepared(tiny_recipe({"evaluate.rows": 7, "evaluate.valid_rows": 5}), vocabulary)
+    assert len(found.test_items) == 7
+    assert len(found.valid_items) == len(found.valid) == 5
+    sizes = found.counts["data"]
+    assert (sizes["train"], sizes["valid"], sizes["test"]) == (len(found.rows), 5, 7)
+    assert sizes["dropped"] == 0
+
+
+def test_an_answer_may_be_a_quarter_longer_than_the_longest_one_trained(
+    tiny_recipe: Make, vocabulary: Vocabulary
+) -> None:
+    raw = tiny_recipe()
+    del raw["task"]["max_new_tokens"]
+    # Three letters and the end of turn: 4 tokens, and a quarter more, as a multiple of 8.
+    assert prepared(raw, vocabulary).max_new_tokens == 8
+
+
+def test_room_for_an_answer_counts_what_the_template_writes_of_a_tool_call(
+    tiny_recipe: Make, tmp_path: Path, tiny_model_folder: Path, vocabulary: Vocabulary
+) -> None:
+    template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% for c in m.tool_calls %}"
+    template += "{{ c['function'] | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    vocabulary.tokenizer.chat_template, before = template, vocabulary.tokenizer.chat_template
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"weather in place {n} {chr(97 + n) * 7}"},
+                {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "w" * 60, "n": n}}]},
+            ]
+        }
+        for n in range(26)
+    ]
+    raw = tiny_recipe({"data.train": written(tmp_path / "rows.jsonl", *rows)})
+    del raw["task"]["max_new_tokens"]
+    try:
+        found = prepared(raw, vocabulary)
+    finally:
+        vocabulary.tokenizer.chat_template = before
+    assert found.max_new_tokens > 60
+    assert json.loads(found.test_items[0].reference)[0]["function"]["name"] == "w" * 60
+
+
+def test_plain_text_is_trained_throughout_and_judged_by_its_loss(
+    tiny_recipe: Make, tmp_path: Path, vocabulary: Vocabulary
+) -> None:
+    raw = tiny_recipe({"data.train": written(tmp_path / "rows.jsonl", *texts(60)), "task.also": []})
+    found = prepared({**raw, "task": {"metric": "completion_loss"}}, vocabulary)
+    assert {item.prompt for item in found.test_items} == {()}
+    assert all(example.weights[0] == 0 and example.weights[1:].all() for example in found.train)
+    with pytest.raises(DataError, match=r"rows.jsonl:\d+: plain text asks nothing, so chrf has no answer to grade"):
+        prepared({**raw, "task": {"metric": "completion_loss", "also": ["chrf"]}}, vocabulary)
+
+
+def test_preference_pairs_are_not_imitated(tiny_recipe: Make, tmp_path: Path, vocabulary: Vocabulary) -> None:
+    rows = [{"prompt": f"{n} {chr(97 + n) * 9}", "chosen": "a", "rejected": "b"} for n in range(26)]
+    with pytest.raises(RecipeError, match="preference pairs"):
+        prepared(tiny_recipe({"data.train": written(tmp_path / "rows.jsonl", *rows)}), vocabulary)
+
+
+def test_choices_come_from_the_task(tmp_path: Path) -> None:
+    rows = rows_of(written(tmp_path / "rows.jsonl", {"prompt": "sky?", "completion": "blue"}))
+    task = TaskSpec(metric="choice_accuracy", choices=["blue", "red"])
+    assert questions(rows, task)[0].choices == ("blue", "red")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the answer 'blue' is none of task.choices"):
+        questions(rows, TaskSpec(also=["choice_accuracy"], choices=["Blue", "Red"]))
+
+
+def test_fingerprints_change_with_the_files_and_leave_out_what_is_no_file(tiny_recipe: Make, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    recipe = parse_recipe(tiny_recipe({"data.train": written(path, *texts(3))}))
+    before = fingerprints(recipe)
+    assert set(before) == {"data.train"}
+    written(path, *texts(4))
+    assert fingerprints(recipe) != before
+    path.unlink()
+    assert fingerprints(recipe) == {}
+
+
+def test_what_rows_show_is_known_beforehand_for_right_or_wrong_only(tiny_recipe: Make) -> None:
+    smallest, told = what_rows_show(parse_recipe(tiny_recipe()), 100)
+    assert smallest is not None
+    assert 0 < smallest < 1
+    assert f"100 test rows can show a difference of {100 * smallest:.1f} points" in told
+    assert what_rows_show(parse_recipe(tiny_recipe({"task.metric": "completion_loss"})), 100)[0] is None

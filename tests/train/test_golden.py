@@ -1,0 +1,38 @@
+"""Loss curves of the tiny model, as they were: a change that is no more than tidying keeps them.
+
+Where a change is meant to move them, delete the file in tests/golden, run this test twice, and say why in the commit.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tunesmith.methods.sft import CrossEntropy, SftSteps
+from tunesmith.model.load import Model
+from tunesmith.model.lora import LoraShape, attach_lora
+from tunesmith.train.fit import fit
+from tunesmith.train.optim import Optimization
+from tunesmith.types import Example
+from tunesmith.world import World
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.mark.parametrize("update", ["lora", "full"])
+def test_the_loss_curve_is_the_one_in_the_tree(
+    update: str, fresh_model: Model, tiny_examples: list[Example], tmp_path: Path
+) -> None:
+    if update == "lora":
+        attach_lora(fresh_model.hf, LoraShape(rank=8, alpha=32.0), head=fresh_model.head)
+    source = SftSteps(tiny_examples, batch=16, epochs=3.0, budget_tokens=400, world=World(), max_steps=20)
+    how = Optimization(learning_rate=5e-3, schedule="cosine", weight_decay=0.01)
+    found = [done.loss for done in fit(fresh_model, source, CrossEntropy(), how, tmp_path, World())]
+    path = GOLDEN / f"sft_{update}.json"
+    if not path.is_file():
+        path.write_text(json.dumps({"loss": found}, indent=1) + "\n")
+        pytest.fail(f"wrote {path.name}; look at it and run again")
+    assert found == pytest.approx(json.loads(path.read_text())["loss"], abs=1e-4)
+    assert found[-1] < found[0]

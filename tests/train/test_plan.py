@@ -1,0 +1,154 @@
+"""Every derived value has a reason, the recipe's own values win, and what does not fit is refused with what would."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tunesmith.errors import TrainingError
+from tunesmith.methods.sft import CrossEntropy, SftSteps
+from tunesmith.model.load import Model
+from tunesmith.model.lora import LoraShape, attach_lora
+from tunesmith.recipe import Recipe, parse_recipe
+from tunesmith.train import plan
+from tunesmith.train.meter import available_bytes, machine, memory_bytes, peak_memory_bytes, reset_peak_memory
+from tunesmith.train.plan import Prediction, derive, flops, predict
+from tunesmith.types import Example
+from tunesmith.world import World
+
+CPU = torch.device("cpu")
+
+
+def recipe(**more: object) -> Recipe:
+    return parse_recipe({"data": {"train": "rows.jsonl"}, **more})
+
+
+def source(examples: Sequence[Example], budget: int = 512) -> SftSteps:
+    return SftSteps(examples, batch=16, epochs=1.0, budget_tokens=budget, world=World())
+
+
+def prediction(model: Model, examples: Sequence[Example], budget: int = 512) -> Prediction:
+    sizes = [len(example.tokens) for example in examples]
+    return predict(model, source(examples, budget), CrossEntropy(), "full", sizes, 16)
+
+
+@pytest.mark.parametrize("update", ["lora", "full"])
+def test_every_derived_value_has_a_reason(update: str, tiny_model: Model, tiny_examples: list[Example]) -> None:
+    settings = derive(recipe(), update, tiny_model, tiny_examples)  # type: ignore[arg-type]
+    keys = ["train.epochs", "train.batch", f"{update}.learning_rate", "lora.rank", "train.microbatch_tokens"]
+    assert [one.key for one in settings.derived] == [key for key in keys if update == "lora" or key != "lora.rank"]
+    assert all(len(one.reason) > 20 for one in settings.derived)
+    assert [one.value for one in settings.derived if one.key == "train.batch"] == [settings.batch]
+
+
+def test_what_the_recipe_gives_wins_and_says_so(tiny_model: Model, tiny_examples: list[Example]) -> None:
+    given = recipe(
+        train={"epochs": 7, "batch": 3, "learning_rate": 0.1, "microbatch_tokens": 99},
+        lora={"rank": 5, "learning_rate": 0.2},
+    )
+    lora, full = (derive(given, update, tiny_model, tiny_examples) for update in ("lora", "full"))
+    assert (lora.epochs, lora.batch, lora.learning_rate, lora.rank, lora.microbatch_tokens) == (7, 3, 0.2, 5, 99)
+    assert (full.learning_rate, full.rank) == (0.1, 0)
+    assert {one.reason for one in (*lora.derived, *full.derived)} == {"from the recipe"}
+
+
+def test_rules_follow_the_size_of_the_data_and_the_model(tiny_model: Model, tiny_examples: list[Example]) -> None:
+    few, many = (derive(recipe(), "lora", tiny_model, tiny_examples * n) for n in (1, 100))
+    assert (few.epochs, many.epochs) == (3.0, 1.0)
+    assert (few.batch, many.batch) == (4, 32)
+    assert few.rank == 16
+    assert few.learning_rate == pytest.approx(5e-4 * (2000 / 64) ** 0.78, rel=0.05)
+    full = derive(recipe(), "full", tiny_model, tiny_examples)
+    assert full.learning_rate == pytest.approx(few.learning_rate / 10, rel=0.05)
+
+
+def test_a_row_longer_than_the_usual_micro_batch_still_fits(tiny_model: Model) -> None:
+    long = Example(tokens=np.full(5000, 7), weights=np.ones(5000, dtype=np.float32), id="long")
+    assert derive(recipe(), "full", tiny_model, [long]).microbatch_tokens == 5000
+
+
+def test_the_prediction_changes_nothing(fresh_model: Model, tiny_model: Model, tiny_examples: list[Example]) -> None:
+    found = prediction(fresh_model, tiny_examples)
+    assert found.seconds > 0
+    assert found.peak_memory_bytes > memory_bytes(CPU) / 2
+    for (name, one), other in zip(fresh_model.hf.named_parameters(), tiny_model.hf.parameters(), strict=True):
+        assert one.grad is None, name
+        assert torch.equal(one, other)
+
+
+def test_useful_flops_are_six_or_four_per_weight_and_token(fresh_model: Model) -> None:
+    weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128) + fresh_model.head_weight.numel()
+    assert fresh_model.product_parameters == weights
+    assert flops(fresh_model, "full", [10, 30], 100) == 6 * weights * 20 * 100
+    attach_lora(fresh_model.hf, LoraShape(rank=4, alpha=8.0), head=fresh_model.head)
+    assert flops(fresh_model, "lora", [10, 30], 100) == 4 * weights * 20 * 100
+
+
+def test_too_little_memory_is_refused_with_a_micro_batch_that_fits(
+    fresh_model: Model,
+    tiny_examples: list[Example],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    fork: Callable[[Callable[[], object]], int],
+) -> None:
+    """Each attempt has a process of its own: freed memory that a process keeps would count as used."""
+    rows = [
+        Example(tokens=np.resize(e.tokens, 400), weights=np.ones(400, dtype=np.float32), id=e.id)
+        for e in tiny_examples[:48]
+    ]
+
+    def outcome(budget: int) -> str:
+        def attempt() -> None:
+            try:
+                text = str(prediction(fresh_model, rows, budget).peak_memory_bytes)
+            except TrainingError as error:
+                text = str(error)
+            (tmp_path / "outcome").write_text(text)
+
+        assert os.waitpid(fork(attempt), 0)[1] == 0
+        return (tmp_path / "outcome").read_text()
+
+    prediction(fresh_model, rows, 400)  # what libraries take at the first pass does not grow with the micro-batch
+    small, large = float(outcome(400)), float(outcome(6400))
+    assert large > small + 10e6
+    monkeypatch.setattr(plan, "available_bytes", lambda device: int((0.2 * small + 0.8 * large) / plan.RESERVED))
+    refusal = outcome(6400)
+    assert re.match(r"train.microbatch_tokens: training needs about \d\.\d GB, the machine has", refusal)
+    named = re.search(r"train.microbatch_tokens to (\d+)", refusal)
+    assert named
+    assert 400 <= int(named[1]) < 6400
+    assert float(outcome(int(named[1]))) < 0.2 * small + 0.8 * large
+
+
+def test_where_no_micro_batch_fits_a_smaller_model_is_asked_for(
+    fresh_model: Model, tiny_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 1_000_000)
+    with pytest.raises(TrainingError, match="Choose update: lora") as caught:
+        prediction(fresh_model, tiny_examples)
+    assert "microbatch_tokens to" not in str(caught.value)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here")
+def test_the_peak_starts_anew_after_a_reset() -> None:
+    block = np.ones(30_000_000)
+    high = peak_memory_bytes(CPU)
+    size = block.nbytes
+    del block
+    reset_peak_memory()
+    assert peak_memory_bytes(CPU) < high - size / 2
+    assert peak_memory_bytes(CPU) >= memory_bytes(CPU) * 0.9
+
+
+def test_the_machine_is_described_in_words_and_numbers() -> None:
+    found = machine(CPU)
+    assert found["device"] == found["cpu"]
+    assert found["torch"] == torch.__version__
+    assert found["memory_bytes"] == available_bytes(CPU)
+    assert available_bytes(CPU) > memory_bytes(CPU)
