@@ -35,6 +35,7 @@ from ..tensors import Layout
 from ..world import World
 from .attention import NAME, PackedAttention, register
 from .builtin import builtin_model, cache_folder
+from .fused import use_fused
 from .gguf import convert_gguf
 from .linear import Linear, use_fast_linear
 
@@ -193,6 +194,8 @@ def load(base: str, world: World, *, dtype: torch.dtype | None = None) -> Model:
     hf.to(world.device)
     hf.eval()
     use_fast_linear(hf)
+    if world.device.type == "cpu" and dtype == torch.float32:
+        use_fused(hf)
     notes = list(vocabulary.notes)
     difference = probe(hf, world.device)
     if math.isnan(difference):

@@ -76,12 +76,12 @@ class _TargetLogProbs(torch.autograd.Function):
         d_hidden = None if slope is None else slope * gradient[:, None].to(slope.dtype)
         d_weight = None
         if ctx.needs_input_grad[1]:
-            d_weight = torch.zeros_like(weight)
             for rows in _tiles(hidden.shape[0], WIDE_TILE):
                 tile, _, mass = _exponentials(hidden[rows], weight)
                 tile.mul_((-gradient[rows] / mass)[:, None])
                 tile.scatter_add_(1, targets[rows, None], gradient[rows, None])
-                d_weight += product(tile.T.to(weight.dtype), hidden[rows].T)
+                part = product(tile.T.to(weight.dtype), hidden[rows].T)
+                d_weight = part if d_weight is None else d_weight.add_(part)
         return d_hidden, d_weight, None
 
 

@@ -52,7 +52,8 @@ def select_prompts(
     sign = 1.0 if higher_is_better(asking.metric) else -1.0
     scores = [sign * value for value in found]
     chosen = [_best(name, options, scores) for name in dict.fromkeys(option.name for option in options)]
-    winner = max(chosen, key=lambda place: (scores[place], place))
+    # A tie goes to the shorter prompt, so that no saving is claimed over tokens that bought nothing.
+    winner = max(chosen, key=lambda place: (scores[place], -place))
     for place in chosen:
         seen = f"{asking.metric} {found[place]:.3f} on {len(data.valid_items)} validation rows"
         screen.line(f"{options[place].name}: {_told(options[place])}, {seen}")
@@ -145,9 +146,9 @@ def _told(option: Prompting) -> str:
 
 
 def _best(name: str, options: Sequence[Prompting], scores: Sequence[float]) -> int:
-    """The best option of a kind; among equals the one that shows the model most."""
+    """The best option of a kind; among equals the shortest."""
     places = [place for place, option in enumerate(options) if option.name == name]
-    return max(places, key=lambda place: (scores[place], len(options[place].shots), -place))
+    return max(places, key=lambda place: (scores[place], -len(options[place].shots), -place))
 
 
 def _once(arm: str, items: Sequence[Item], folder: RunFolder, fresh: Callable[[], Measurement]) -> Measurement:

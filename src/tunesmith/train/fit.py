@@ -20,8 +20,10 @@ from ..model.score import score
 from ..tensors import Batch, Loss, StepSource
 from ..world import World
 from .checkpoint import resume, save_checkpoint, tidy, trainable
-from .meter import memory_bytes
+from .meter import memory_bytes, release_memory
 from .optim import Optimization, adamw, learning_rate
+
+WARM_STEPS, GROWTH = 4, 1.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,7 @@ def fit(
     world.barrier()
     if world.leads:
         tidy(checkpoints, tuple(saved.damaged) if saved else ())
+    settled_bytes = 0
     for step in range(first, source.steps):
         start = time.monotonic()
         batches = [batch.to(world.device) for batch in source(step)]
@@ -96,6 +99,7 @@ def fit(
             damaged=damaged,
         )
         note, damaged = "", ()
+        settled_bytes = _settle(step - first, settled_bytes, world)
         stopped = world.sum([float(stop())])[0] > 0
         due = time.monotonic() - last_save > how.checkpoint_seconds or step + 1 == source.steps
         if world.leads and (due or stopped):
@@ -104,6 +108,16 @@ def fit(
             last_save = time.monotonic()
         if stopped and step + 1 < source.steps:
             raise Interrupted(f"stopped after step {step + 1} of {source.steps}", fix="Run the same command to go on.")
+
+
+def _settle(steps_here: int, settled_bytes: int, world: World) -> int:
+    """Hold memory near what the first steps took; returns that size."""
+    now = memory_bytes(world.device)
+    if steps_here < WARM_STEPS:
+        return max(settled_bytes, now)
+    if world.device.type == "cpu" and now > GROWTH * settled_bytes:
+        release_memory()
+    return settled_bytes
 
 
 def _step(
