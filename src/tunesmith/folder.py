@@ -169,6 +169,15 @@ def write_bytes(path: Path, data: bytes) -> None:
         _sync(path.parent)
 
 
+def rename_file(aside: Path, path: Path) -> None:
+    """Let a finished file take the place of another in one step, flushed to the disk. Raises FolderError."""
+    with storage_errors(path):
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+        _sync(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` of UTF-8 text."""
     write_bytes(path, text.encode("utf-8"))

@@ -32,6 +32,12 @@ class Layout:
             at += length
         return tuple(starts)
 
+    @property
+    def real_tokens(self) -> int:
+        """Tokens of the rows themselves: a shared prefix counts for every row that continues it."""
+        leaves = set(range(len(self.lengths))) - set(self.parents)
+        return sum(self.lengths[s] for leaf in leaves for s in (leaf, *self.ancestors(leaf)))
+
     def ancestors(self, segment: int) -> tuple[int, ...]:
         """The chain of segments that `segment` continues, oldest first."""
         chain: list[int] = []

@@ -208,14 +208,6 @@ def test_scores_that_are_absent_or_not_finite_are_refused() -> None:
         stats.estimate([1.0, math.nan])
 
 
-@given(st.lists(st.floats(0, 1), max_size=6))
-def test_holm_equals_a_plain_loop(p_values: list[float]) -> None:
-    for index, adjusted in enumerate(stats.holm(p_values)):
-        rank = sorted(range(len(p_values)), key=lambda i: p_values[i]).index(index)
-        smaller = sorted(p_values)[: rank + 1]
-        assert adjusted == max(min(1.0, (len(p_values) - k) * p) for k, p in enumerate(smaller))
-
-
 def simulated_power(n: int, difference: float, discordance: float) -> float:
     """How often McNemar's score test finds a gain of this size, of 20,000 test sets."""
     discordance = max(discordance, difference)

@@ -113,16 +113,6 @@ def permutation(differences: Float[np.ndarray, "N"], seed: int = 0) -> float:
     return (1 + sum(int((chunk >= observed).sum()) for chunk in sums)) / (1 + RESAMPLES)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for being several (Holm 1979): the chance of any false claim stays under the level."""
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
-
-
 def smallest_difference(
     n: int,
     level: float = 0.95,

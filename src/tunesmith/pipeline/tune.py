@@ -11,7 +11,7 @@ import numpy as np
 
 from ..evaluate.measure import example_losses, measure
 from ..evaluate.systems import Prompting
-from ..folder import RunFolder, append_jsonl, read_json, read_jsonl, write_bytes, write_json, write_jsonl
+from ..folder import RunFolder, append_jsonl, read_json, read_jsonl, rename_file, write_json, write_jsonl
 from ..methods.sft import CrossEntropy, SftSteps
 from ..model.adapters import load_adapter, save_adapter, save_model
 from ..model.load import Model, load
@@ -22,7 +22,7 @@ from ..screen import Screen
 from ..train.checkpoint import load_weights, save_weights, trainable
 from ..train.fit import StepDone, fit
 from ..train.interrupt import graceful
-from ..train.meter import peak_memory_bytes, reset_peak_memory
+from ..train.meter import peak_memory_bytes, release_memory, reset_peak_memory
 from ..train.optim import Optimization
 from ..train.plan import Prediction, Settings, derive, flops, predict
 from ..types import Example, Grade, Item
@@ -202,6 +202,7 @@ def _train(
 def _validate(update: Update, step: int, model: Model, material: Material, world: World) -> dict[str, float]:
     """Validation loss per token and mean metric; measured on the first rank, known to all."""
     loss = metric = 0.0
+    release_memory()  # the training step's memory, free now, is cut in pieces that fit no other shape
     if world.leads:
         sums, counts = example_losses(model, material.valid)
         loss = float(sums.sum() / counts.sum())
@@ -209,6 +210,7 @@ def _validate(update: Update, step: int, model: Model, material: Material, world
             model, Prompting(name=update), material.valid_items, {material.metric: material.grade}, material.how
         )
         metric = float(np.mean(answers.scores[material.metric]))
+    release_memory()
     loss, metric = world.sum([loss, metric])
     return {"step": step, "valid_loss": loss, "valid_metric": metric}
 
@@ -224,8 +226,7 @@ def _keep_if_best(
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".tmp")
         save_weights(model.hf, aside)
-        write_bytes(path, aside.read_bytes())
-        aside.unlink()
+        rename_file(aside, path)
     append_jsonl(folder.metrics, {"arm": update, **history[-1]})
 
 

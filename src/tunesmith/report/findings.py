@@ -24,8 +24,9 @@ def decision(run: RunRecord) -> str:
 
 
 def reasons(run: RunRecord) -> list[str]:
-    """The sentences recorded with the verdict."""
+    """The sentences recorded with the verdict, but for the first where more follow: `finding` says the same."""
     recorded = part(run.results, "verdict", "reasons") or []
+    recorded = recorded[1:] or recorded
     return [str(reason) for reason in recorded] or ["The run recorded no reasons for its verdict."]
 
 

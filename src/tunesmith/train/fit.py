@@ -23,7 +23,7 @@ from .checkpoint import resume, save_checkpoint, tidy, trainable
 from .meter import memory_bytes, release_memory
 from .optim import Optimization, adamw, learning_rate
 
-WARM_STEPS, GROWTH = 4, 1.1
+WARM_STEPS, GROWTH = 3, 1.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ def fit(
         start = time.monotonic()
         batches = [batch.to(world.device) for batch in source(step)]
         value, norm, share, report = _step(model, batches, loss, optimizer, step, source.steps, how, world)
-        here = world.sum([float(sum(len(batch.tokens) for batch in batches)), share])
+        here = world.sum([float(sum(batch.layout.real_tokens for batch in batches)), share])
         took = time.monotonic() - start
         tokens, scored, seconds = tokens + here[0], scored + here[1], seconds + took
         yield StepDone(
