@@ -15,7 +15,8 @@ from tunesmith.types import Conversation, Example, Message
 
 FORGETFUL = (  # keeps only the last question and answer, as templates do that drop earlier reasoning
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
-    "{% endif %}{% endfor %}{% for m in messages[ns.last:] %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% for m in messages[ns.last:] %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 ENDLESS = (
@@ -97,7 +98,14 @@ def test_pad_is_not_the_end_of_turn_and_is_never_trained(
         [("system", "Be brief."), ("user", "q"), ("assistant", "a")],
         [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b c d")],
         [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "\n\nb"), ("user", "x")],
-        [("user", "q"), ("assistant", "a"), ("tool", "42"), ("assistant", "forty-two"), ("user", "?"), ("assistant", "!")],
+        [
+            ("user", "q"),
+            ("assistant", "a"),
+            ("tool", "42"),
+            ("assistant", "forty-two"),
+            ("user", "?"),
+            ("assistant", "!"),
+        ],
     ],
     ids=["default system", "given system", "two turns", "no last answer", "tool result"],
 )

@@ -148,6 +148,4 @@ def test_attention_that_is_not_known_is_refused(tiny_model_folder: Path) -> None
     with pytest.raises(ModelError, match="padded batch"):
         model(input_ids=torch.zeros(2, 3, dtype=torch.long), attend=PackedAttention(LAYOUTS["one row"]))
     with pytest.raises(ModelError, match="softcap"):
-        model(
-            input_ids=torch.zeros(1, 6, dtype=torch.long), softcap=30.0, attend=PackedAttention(LAYOUTS["one row"])
-        )
+        model(input_ids=torch.zeros(1, 6, dtype=torch.long), softcap=30.0, attend=PackedAttention(LAYOUTS["one row"]))

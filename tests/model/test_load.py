@@ -145,9 +145,7 @@ def test_what_cannot_be_packed_still_learns(
     make: Callable[[PreTrainedConfig], Path], tiny_examples: list[Example], tmp_path: Path
 ) -> None:
     model = load(str(make(SOFT_CAPPED)), World())
-    source = SftSteps(
-        tiny_examples[:4], batch=4, epochs=6.0, budget_tokens=2048, world=World(), packs=model.packs
-    )
+    source = SftSteps(tiny_examples[:4], batch=4, epochs=6.0, budget_tokens=2048, world=World(), packs=model.packs)
     how = Optimization(learning_rate=1e-2)
     losses = [done.loss for done in fit(model, source, CrossEntropy(), how, tmp_path / "checkpoints", World())]
     assert losses[-1] < losses[0] - 0.5

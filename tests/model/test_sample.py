@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from tunesmith.data.pack import pack_one
 from tunesmith.model.attention import NAME, register
 from tunesmith.model.linear import use_fast_linear
 from tunesmith.model.load import Model
 from tunesmith.model.sample import Sampling, _inverse_cdf, sample
 from tunesmith.model.score import score
-from tunesmith.data.pack import pack_one
 from tunesmith.types import Completion, Example
 
 GREEDY = Sampling(max_new_tokens=12, batch=4)

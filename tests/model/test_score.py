@@ -44,7 +44,9 @@ def test_values_and_gradients_are_those_of_log_softmax_across_tile_edges(rows: i
 
 
 @settings(deadline=None)
-@given(st.integers(1, 300), st.integers(1, 24), st.integers(2, 90), st.integers(0, 99), st.sampled_from([0.1, 1.0, 6.0]))
+@given(
+    st.integers(1, 300), st.integers(1, 24), st.integers(2, 90), st.integers(0, 99), st.sampled_from([0.1, 1.0, 6.0])
+)
 def test_any_shape_and_scale_is_right(rows: int, width: int, words: int, seed: int, scale: float) -> None:
     hidden, weight, targets, _ = problem(rows, width, words, seed, scale)
     exact = oracle(hidden.double(), weight.double(), targets)

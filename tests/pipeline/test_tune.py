@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast
 
 from tunesmith.folder import RunFolder, locked, manifest_problem, open_run, read_json, read_jsonl, write_json
 from tunesmith.model.sample import Sampling
@@ -114,14 +113,13 @@ def test_a_kill_before_any_file_operation_changes_no_byte(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     work(whole, update)
     lives = 0
-    for operation in range(10, 2000, 3):
+    for operation in range(10, 2000, 2):
         child = fork(lambda n=operation: dies_at(n, killed, lambda: work(killed, update)))
         status = os.waitpid(child, 0)[1]
         if status == 0:
             break
         assert os.WTERMSIG(status) == signal.SIGKILL
         lives += 1
-    print("LIVES", lives)
     assert lives >= 20
     assert hashes(killed, update) == hashes(whole, update)
     assert losses(killed) == losses(whole)
@@ -151,7 +149,6 @@ def test_a_kill_at_any_moment_changes_no_byte(
         os.waitpid(child, 0)
         os.close(gone)
         lives += 1
-    print("LIVES", lives)
     assert hashes(killed, update) == hashes(whole, update)
     assert losses(killed) == losses(whole)
     for checkpoint in (killed / "checkpoints" / update).glob("step-*"):

@@ -169,7 +169,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
     said: list[str] = []
     done: list[StepDone] = []
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match="stopped after step 3 of 6") as caught, graceful(said.append) as stop:
+    with pytest.raises(Interrupted, match="stopped after step 3 of 6") as caught, graceful(said.append) as stop:  # noqa: PT012
         for one in fit(
             fresh_model, steps(tiny_examples, World(), 4096), CrossEntropy(), SMOOTH, tmp_path, World(), stop=stop
         ):
@@ -195,7 +195,7 @@ def test_a_step_says_what_it_cost(fresh_model: Model, tiny_examples: list[Exampl
     done = list(fit(fresh_model, source, CrossEntropy(), SMOOTH, tmp_path, World()))
     tokens, scored = 0, 0.0
     for number, one in enumerate(done):
-        tokens += sum(len(batch.tokens) for batch in source(number))
+        tokens += sum(len(source.examples[row].tokens) for row in source.rows(number))
         scored += sum(float(batch.weights.sum()) for batch in source(number))
         assert (one.step, one.steps, one.tokens, one.scored_tokens) == (number + 1, STEPS, tokens, int(scored))
         assert one.seconds > 0
