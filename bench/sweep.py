@@ -1,4 +1,4 @@
-"""The learning-rate sweep behind the derived values: validation loss by update and rate, one table.
+"""The learning-rate sweep behind the derived values: validation loss and general loss by update and rate.
 
     python bench/sweep.py legal_citations 320
     python bench/sweep.py icd10cm_chapters 640
@@ -15,6 +15,7 @@ from tunesmith.data.curate import curate
 from tunesmith.data.read import read
 from tunesmith.data.render import render
 from tunesmith.data.split import split
+from tunesmith.evaluate.forgetting import general_ability
 from tunesmith.evaluate.measure import example_losses
 from tunesmith.methods.sft import CrossEntropy, SftSteps
 from tunesmith.model.load import load
@@ -24,8 +25,8 @@ from tunesmith.train.fit import fit
 from tunesmith.train.optim import Optimization
 from tunesmith.world import World
 
-RATES = {"lora": (3e-4, 6e-4, 1.3e-3, 2.6e-3, 5e-3), "full": (3e-5, 6e-5, 1.3e-4, 2.6e-4, 5e-4)}
-VALID_ROWS, BATCH = 96, 8
+RATES = {"lora": (6e-4, 1.3e-3, 2.6e-3), "full": (6e-5, 1.3e-4, 2.6e-4)}
+VALID_ROWS, BATCH = 48, 8
 
 
 def main() -> None:
@@ -44,7 +45,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 *_, done = fit(model, source, CrossEntropy(), Optimization(learning_rate=rate), Path(folder), World())
             sums, counts = example_losses(model, valid)
-            line = {"task": task, "update": update, "rate": rate, "steps": done.step, "valid_loss": float(sums.sum() / counts.sum())}
+            general = float(general_ability(model, ()).losses.mean())
+            line = {"task": task, "update": update, "rate": rate, "steps": done.step, "general_loss": general}
+            line["valid_loss"] = float(sums.sum() / counts.sum())
             print(json.dumps(line | {"seconds": round(done.seconds, 1)}), flush=True)
 
 

@@ -24,9 +24,12 @@ from ..types import Derived, Example
 from .checkpoint import trainable
 from .meter import available_bytes, memory_bytes, peak_memory_bytes, reset_peak_memory
 
-DRY_STEPS = 3
+DRY_STEPS, SEARCHED_STEPS = 3, 64
 RESERVED = 0.9  # share of the memory that a run may plan with
 SAFE = 0.7  # of the micro-batch that would just fit
+HEAP_SLACK = (
+    1.15  # a long run ends that much above a dry run: freed blocks of unequal streams leave holes (docs/log.md)
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,13 +121,14 @@ def predict(
     Raises TrainingError when the predicted peak does not fit, with the micro-batch that would.
     """
     parameters = trainable(model.hf)
-    steps = [source(int(step)) for step in np.linspace(0, source.steps - 1, DRY_STEPS + 1, dtype=int)]
-    heaviest = max((b for step in steps for b in step), key=lambda b: len(b.tokens))
+    steps = [source(step) for step in _spread(source.steps, DRY_STEPS + 1)]
+    looked_at = (batch for step in _spread(source.steps, SEARCHED_STEPS) for batch in source(step))
+    heaviest = max(looked_at, key=lambda one: len(one.tokens))
     reset_peak_memory()
     resting = memory_bytes(model.device)
     _pass(model, heaviest, loss)
     rates = []
-    for step in steps[1:]:
+    for step in steps[1:] or steps:
         start = time.monotonic()
         for one in step:
             _pass(model, one, loss)
@@ -135,13 +139,18 @@ def predict(
     trained = sum(parameter.numel() for parameter in parameters.values())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
     _refuse_too_big(peak - resting - weights, resting + 3 * weights, heaviest, max(sizes), model.device)
-    peak += 2 * weights
+    peak = HEAP_SLACK * peak + 2 * weights
     tokens_per_step = sum(len(b.tokens) for step in steps for b in step) / len(steps)
     optimizer_seconds = 28 * trained / 15e9
     seconds = source.steps * (float(np.median(rates)) * tokens_per_step + optimizer_seconds)
     return Prediction(
         seconds=seconds, peak_memory_bytes=float(peak), flops=flops(model, update, sizes, source.steps * batch)
     )
+
+
+def _spread(steps: int, count: int) -> list[int]:
+    """At most `count` steps, evenly over the run."""
+    return sorted({int(step) for step in np.linspace(0, steps - 1, count)})
 
 
 def _refuse_too_big(moving: float, fixed: float, heaviest: Batch, longest: int, device: torch.device) -> None:
