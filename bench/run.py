@@ -42,11 +42,28 @@ def main() -> None:
         for update in ("lora", "full"):
             if not set(wanted) <= {case, update}:
                 continue
-            peer = last_json([str(PEER_PYTHON), str(SHARED / "bench" / "peer_trl.py"), "sft", "--model", str(model),
-                              "--train", str(train), "--valid", str(valid), "--out", str(work / "peer_out"),
-                              *(["--lora"] if update == "lora" else [])])
-            ours = last_json([sys.executable, str(HERE / "sft.py"), "--train", str(train), "--valid", str(valid), "--update", update])
-            results["cases"].append({"case": case, "update": update, "peer": peer, "ours": ours, "ratios": ratios(peer, ours)})
+            peer = last_json(
+                [
+                    str(PEER_PYTHON),
+                    str(SHARED / "bench" / "peer_trl.py"),
+                    "sft",
+                    "--model",
+                    str(model),
+                    "--train",
+                    str(train),
+                    "--valid",
+                    str(valid),
+                    "--out",
+                    str(work / "peer_out"),
+                    *(["--lora"] if update == "lora" else []),
+                ]
+            )
+            ours = last_json(
+                [sys.executable, str(HERE / "sft.py"), "--train", str(train), "--valid", str(valid), "--update", update]
+            )
+            results["cases"].append(
+                {"case": case, "update": update, "peer": peer, "ours": ours, "ratios": ratios(peer, ours)}
+            )
             print(json.dumps(results["cases"][-1]["ratios"] | {"case": case, "update": update}), flush=True)
     (HERE / "results" / "sft.json").write_text(json.dumps(results, indent=1) + "\n")
     print_table(results)
@@ -74,14 +91,18 @@ def rows_of(case: str, work: Path) -> tuple[Path, Path]:
     if case == "even":
         with gzip.open(folder / "train.jsonl.gz", "rt", encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
-        plain = [line for line in lines if "." not in line["parties"].replace(" v. ", " ") and "'" not in line["parties"]]
+        plain = [
+            line for line in lines if "." not in line["parties"].replace(" v. ", " ") and "'" not in line["parties"]
+        ]
     else:
         plain = [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
         plain = [line for line in plain if 30 <= len(line["prompt"].split()) + len(line["completion"].split()) <= 220]
     paths = []
     for name, part in (("train", plain[:ROWS]), ("valid", plain[ROWS : ROWS + VALID_ROWS])):
         path = work / f"{case}_{name}.jsonl"
-        path.write_text("".join(json.dumps({"prompt": r["prompt"], "completion": r["completion"]}) + "\n" for r in part))
+        path.write_text(
+            "".join(json.dumps({"prompt": r["prompt"], "completion": r["completion"]}) + "\n" for r in part)
+        )
         paths.append(path)
     return paths[0], paths[1]
 
@@ -127,8 +148,10 @@ def print_table(results: dict) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for c in results["cases"]:
         p, o, r = c["peer"], c["ours"], c["ratios"]
-        print(f"| {c['case']} | {c['update']} | {p['tokens_per_second']:.0f} | {o['tokens_per_second']:.0f} | {r['speed']:.2f} | "
-              f"{p['peak_memory_gb']:.1f} | {o['peak_memory_gb']:.1f} | {r['memory']:.2f} | {p['valid_loss_after']:.4f} | {o['valid_loss_after']:.4f} |")
+        print(
+            f"| {c['case']} | {c['update']} | {p['tokens_per_second']:.0f} | {o['tokens_per_second']:.0f} | {r['speed']:.2f} | "
+            f"{p['peak_memory_gb']:.1f} | {o['peak_memory_gb']:.1f} | {r['memory']:.2f} | {p['valid_loss_after']:.4f} | {o['valid_loss_after']:.4f} |"
+        )
 
 
 if __name__ == "__main__":

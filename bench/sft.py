@@ -61,7 +61,9 @@ def main() -> None:
         return [example for row in rows for example in render(row, model.tokenizer, model.eos_ids)]
 
     train = examples(args.train, args.limit)
-    valid = [as_the_peer_scores(row, model) for row in read(args.valid, DataSpec(train=args.valid))] if args.valid else []
+    valid = (
+        [as_the_peer_scores(row, model) for row in read(args.valid, DataSpec(train=args.valid))] if args.valid else []
+    )
     if args.update == "lora":
         attach_lora(model.hf, LoraShape(rank=args.rank, alpha=2.0 * args.rank), head=model.head)
 

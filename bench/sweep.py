@@ -1,7 +1,7 @@
 """The learning-rate sweep behind the derived values: validation loss and general loss by update and rate.
 
-    python bench/sweep.py legal_citations 320
-    python bench/sweep.py icd10cm_chapters 640
+python bench/sweep.py legal_citations 320
+python bench/sweep.py icd10cm_chapters 640
 """
 
 from __future__ import annotations

@@ -27,9 +27,7 @@ from .meter import available_bytes, memory_bytes, peak_memory_bytes, reset_peak_
 DRY_STEPS, SEARCHED_STEPS = 3, 64
 RESERVED = 0.9  # share of the memory that a run may plan with
 SAFE = 0.7  # of the micro-batch that would just fit
-HEAP_SLACK = (
-    1.15  # a long run ends that much above a dry run: freed blocks of unequal streams leave holes (docs/log.md)
-)
+HEAP_SLACK = 1.15  # a long run ends that much above a dry run: freed blocks leave holes (docs/log.md)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
