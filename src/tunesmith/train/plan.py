@@ -136,8 +136,9 @@ def predict(
         parameter.grad = None
     trained = sum(parameter.numel() for parameter in parameters.values())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
-    _refuse_too_big(peak - resting - weights, resting + 3 * weights, heaviest, max(sizes), model.device)
     peak = HEAP_SLACK * peak + 2 * weights
+    fixed = resting + 3 * weights
+    _refuse_too_big(peak - fixed, fixed, heaviest, max(sizes), model.device)
     tokens_per_step = sum(len(b.tokens) for step in steps for b in step) / len(steps)
     optimizer_seconds = 28 * trained / 15e9
     seconds = source.steps * (float(np.median(rates)) * tokens_per_step + optimizer_seconds)
