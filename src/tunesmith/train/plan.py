@@ -131,12 +131,12 @@ def predict(
         for one in step:
             _pass(model, one, loss)
         rates.append((time.monotonic() - start) / sum(len(b.tokens) for b in step))
-    peak = peak_memory_bytes(model.device)
+    peak = HEAP_SLACK * peak_memory_bytes(model.device)
     for parameter in parameters.values():
         parameter.grad = None
     trained = sum(parameter.numel() for parameter in parameters.values())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
-    peak = HEAP_SLACK * peak + 2 * weights
+    peak += 2 * weights
     fixed = resting + 3 * weights
     _refuse_too_big(peak - fixed, fixed, heaviest, max(sizes), model.device)
     tokens_per_step = sum(len(b.tokens) for step in steps for b in step) / len(steps)
