@@ -27,7 +27,7 @@ from .meter import available_bytes, memory_bytes, peak_memory_bytes, reset_peak_
 DRY_STEPS, SEARCHED_STEPS = 3, 64
 RESERVED = 0.9  # share of the memory that a run may plan with
 SAFE = 0.7  # of the micro-batch that would just fit
-HEAP_SLACK = 1.15  # a long run ends that much above a dry run: freed blocks leave holes (docs/log.md)
+HEAP_SLACK = 1.4  # of what a step takes: freed blocks of unequal streams leave holes (docs/log.md)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,19 +131,20 @@ def predict(
         for one in step:
             _pass(model, one, loss)
         rates.append((time.monotonic() - start) / sum(len(b.tokens) for b in step))
-    peak = HEAP_SLACK * peak_memory_bytes(model.device)
+    peak = peak_memory_bytes(model.device)
     for parameter in parameters.values():
         parameter.grad = None
     trained = sum(parameter.numel() for parameter in parameters.values())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
-    peak += 2 * weights
-    fixed = resting + 3 * weights
-    _refuse_too_big(peak - fixed, fixed, heaviest, max(sizes), model.device)
+    moving, fixed = HEAP_SLACK * (peak - resting - weights), float(resting + 3 * weights)
+    _refuse_too_big(moving, fixed, heaviest, max(sizes), model.device)
     tokens_per_step = sum(len(b.tokens) for step in steps for b in step) / len(steps)
     optimizer_seconds = 28 * trained / 15e9
     seconds = source.steps * (float(np.median(rates)) * tokens_per_step + optimizer_seconds)
     return Prediction(
-        seconds=seconds, peak_memory_bytes=float(peak), flops=flops(model, update, sizes, source.steps * batch)
+        seconds=seconds,
+        peak_memory_bytes=float(moving + fixed),
+        flops=flops(model, update, sizes, source.steps * batch),
     )
 
 
