@@ -10,10 +10,10 @@ TORCH_INDEX ?= # for instance https://download.pytorch.org/whl/cpu on a machine 
 STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo demo-rlhf test check bench clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: $(STAMP) ## create .venv with pinned versions and the demo model
 
@@ -31,6 +31,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## fine-tune and judge a small model on legal citations
 	$(BIN)/tunesmith run recipes/legal_citations.yaml
+
+demo-rlhf: $(STAMP) ## reward models from people's choices, then PPO and DPO judged by them
+	for step in sentences reward ppo dpo; do $(BIN)/tunesmith run recipes/rlhf/$$step.yaml || exit 1; done
 
 test: $(STAMP) ## every test
 	$(BIN)/python -m pytest -q

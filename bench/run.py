@@ -1,9 +1,10 @@
 """Every bench: the machine's matrix-product rate, then peer and Tunesmith in turn on the same rows.
 
     make bench                      all
-    python bench/run.py even lora   one case
+    python bench/run.py even lora   one supervised case
+    python bench/run.py dpo grpo    these alignment methods
 
-Writes bench/results/sft.json and prints the table of docs/speed.md.
+Writes bench/results/{sft,align}.json and prints the tables of docs/speed.md.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ PEER_PYTHON = Path(os.environ.get("PEER_PYTHON", HERE.parent / ".venv-peer" / "b
 PEER_PACKAGES = ["transformers==5.23.0", "trl==1.16.0", "peft==0.21.2", "datasets==5.2.0", "gguf"]
 ROWS, VALID_ROWS = 96, 48
 CASES = {"even": "legal_citations", "uneven": "instruct_user252"}
+ALIGN_PAIRS = {"dpo": 32, "reward": 64, "grpo": 64}
+GRPO_STEPS = 6
 
 
 def main() -> None:
@@ -36,6 +39,15 @@ def main() -> None:
     work.mkdir(exist_ok=True)
     peer_environment()
     model = plain_model()
+    aligning = [method for method in ALIGN_PAIRS if not wanted or method in wanted]
+    if not set(wanted) & set(ALIGN_PAIRS):
+        supervised(model, work, wanted)
+    if aligning:
+        aligned(model, work, aligning)
+
+
+def supervised(model: Path, work: Path, wanted: list[str]) -> None:
+    """Fine-tuning on examples, even and uneven rows, LoRA and full."""
     results = {"gemm_gflops": matrix_rate(), "threads": torch.get_num_threads(), "cases": []}
     for case in CASES:
         train, valid = rows_of(case, work)
@@ -67,6 +79,43 @@ def main() -> None:
             print(json.dumps(results["cases"][-1]["ratios"] | {"case": case, "update": update}), flush=True)
     (HERE / "results" / "sft.json").write_text(json.dumps(results, indent=1) + "\n")
     print_table(results)
+
+
+def aligned(model: Path, work: Path, methods: list[str]) -> None:
+    """DPO, reward model and GRPO with LoRA, on pairs of sentences that people rated."""
+    results: dict = {"gemm_gflops": matrix_rate(), "threads": torch.get_num_threads(), "cases": []}
+    for method in methods:
+        pairs = pairs_of(method, work)
+        steps = ["--steps", str(GRPO_STEPS)] if method == "grpo" else []
+        out = ["--out", str(work / "peer_out")]
+        script = str(SHARED / "bench" / "peer_trl.py")
+        command = [str(PEER_PYTHON), script, method, "--model", str(model), "--train", str(pairs), "--lora"]
+        peer = last_json(command + steps + out)
+        ours = last_json([sys.executable, str(HERE / "align.py"), method, "--train", str(pairs), *steps])
+        if method == "grpo":  # the peer counts tokens in another way: compare samples
+            peer["samples_per_second"] = round(GRPO_STEPS * 8 / peer["seconds"], 2)
+        unit = "samples_per_second" if method == "grpo" else "tokens_per_second"
+        found = {
+            "speed": round(ours[unit] / peer[unit], 2),
+            "memory": round(ours["peak_memory_gb"] / peer["peak_memory_gb"], 2),
+        }
+        results["cases"].append({"method": method, "unit": unit, "peer": peer, "ours": ours, "ratios": found})
+        print(
+            f"| {method} | {peer[unit]} | {ours[unit]} {unit.replace('_', ' ')} | {found['speed']} | "
+            f"{peer['peak_memory_gb']} | {ours['peak_memory_gb']} | {found['memory']} |",
+            flush=True,
+        )
+    (HERE / "results" / "align.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def pairs_of(method: str, work: Path) -> Path:
+    """Pairs of sentences, as a plain prompt/chosen/rejected file."""
+    lines = (SHARED / "data" / "sentiment_prefs" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[: ALIGN_PAIRS[method]]]
+    path = work / f"{method}_pairs.jsonl"
+    kept = ("prompt",) if method == "grpo" else ("prompt", "chosen", "rejected")
+    path.write_text("".join(json.dumps({key: row[key] for key in kept}) + "\n" for row in rows))
+    return path
 
 
 def matrix_rate() -> dict[str, float]:

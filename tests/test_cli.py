@@ -271,7 +271,7 @@ def test_a_file_that_is_no_recipe_is_refused(shell: Shell, text: str, said: str)
         ({"update": []}, ["update = []: name lora"]),
         ({"task.metric": "exact_mach"}, ["task.metric: unknown metric", "'exact_match'"]),
         ({"task.metric": "regex"}, ["task.pattern"]),
-        ({"method": "dpo"}, ["method: method dpo is not built yet"]),
+        ({"method": "dpo"}, ["method: these rows hold single answers"]),
         ({"data.test": 0}, ["data.test: the result is judged on test rows"]),
         ({"data.valid": 0}, ["data.valid: prompts and weights are chosen"]),
         ({"data.valid": 0.6, "data.test": 0.5}, ["leave nothing to train on"]),

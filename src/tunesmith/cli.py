@@ -60,23 +60,23 @@ def check(
     """Look at the data: what is kept and why, and which tokens are trained (green)."""
     from .data.show import masked_text
     from .model.load import load_vocabulary
-    from .pipeline.prepare import prepare
+    from .pipeline.forecast import trained_rows
 
     resolved = load_recipe(recipe, tuple(set_ or ()))
     console = Console()
     vocabulary = load_vocabulary(resolved.base)
     for note in vocabulary.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
-    prepared = prepare(resolved, vocabulary, Screen(console=console))
-    for example in prepared.train[:rows]:
+    examples, ledger = trained_rows(resolved, vocabulary, Screen(console=console))
+    for example in examples[:rows]:
         console.rule(
             f"row {example.id}: {int((example.weights > 0).sum())} of {len(example.tokens)} tokens trained", style="dim"
         )
         console.print(masked_text(example, vocabulary.tokenizer), soft_wrap=True)
-    for entry in prepared.ledger[:rows]:
+    for entry in ledger[:rows]:
         console.print(f"{entry.action}: {entry.source}: {entry.reason} {entry.detail}", markup=False, highlight=False)
-    if len(prepared.ledger) > rows:
-        console.print(f"... and {len(prepared.ledger) - rows} more ledger entries", style="dim")
+    if len(ledger) > rows:
+        console.print(f"... and {len(ledger) - rows} more ledger entries", style="dim")
 
 
 @app.command()
@@ -127,6 +127,44 @@ def chat(
     from .pipeline.again import chat_with
 
     chat_with(model, Console())
+
+
+@app.command()
+def label(
+    recipe: RecipePath,
+    pairs: Annotated[str, typer.Option(help="A file of prompts with answer_a and answer_b.")] = "",
+    model: Annotated[list[str] | None, typer.Option(help="Draw answers from it; give two to compare them.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="How many prompts the models answer.")] = None,
+    gold: Annotated[str, typer.Option(help="Pairs with a known better answer, to check attention.")] = "",
+    repeats: Annotated[float, typer.Option(min=0, max=1, help="Share of pairs shown twice.")] = 0.1,
+    per_pair: Annotated[int, typer.Option(min=0, help="Raters a pair needs; 0: everybody sees all.")] = 0,
+    rater: Annotated[str, typer.Option(help="Your name; the page asks for it otherwise.")] = "",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 finds a free one.")] = 8765,
+    out: Annotated[Path | None, typer.Option(help="Folder; labels/<recipe name> unless given.")] = None,
+    export: Annotated[Path | None, typer.Option(help="Write the choices as preference rows, then end.")] = None,
+    summary: Annotated[bool, typer.Option("--summary", help="Print agreement and biases, then end.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    set_: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Let people choose between two answers in a local page; the choices train `reward` and `dpo`."""
+    from .serve import label as labelling
+    from .serve.turns import Sharing
+
+    resolved, folder = load_recipe(recipe, tuple(set_ or ())), out or labelling.label_folder(recipe)
+    if export:
+        labelling.export(folder, export, Screen())
+    elif summary or json_:
+        found = labelling.summary(folder, resolved.evaluate.level, resolved.evaluate.seed)
+        if json_:
+            print(json.dumps(labelling.summary_json(found), ensure_ascii=False, indent=1))
+        else:
+            labelling.show_summary(found, Screen(console=Console()))
+    else:
+        source = labelling.Source(pairs=pairs, gold=gold, models=tuple(model or ()), prompts=prompts)
+        labelling.gather(resolved, folder, source, Screen())
+        sharing = Sharing(repeats=repeats, per_pair=per_pair)
+        labelling.serve(folder, recipe.stem, Screen(), port=port, rater=rater, sharing=sharing)
 
 
 @app.command()

@@ -97,6 +97,13 @@ class RunFolder:
         return self.path / ".lock"
 
 
+def cache_folder() -> Path:
+    """Where what is downloaded or converted once is kept: $TUNESMITH_CACHE, or tunesmith/ in the user's cache."""
+    if own := os.environ.get("TUNESMITH_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tunesmith"
+
+
 def is_run_folder(path: Path) -> bool:
     """Whether `path` is a folder that a run made."""
     return RunFolder(path=path).recipe.is_file()
@@ -153,14 +160,14 @@ def locked(folder: RunFolder) -> Iterator[None]:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Replace a file in one step: after a crash it holds the old content or the new. Raises FolderError."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = _aside(path)
         try:
             with aside.open("xb") as file:
-                file.write(data)
+                file.writelines([data] if isinstance(data, bytes) else data)
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
@@ -199,8 +206,8 @@ def read_json(path: Path) -> Any:
 
 
 def write_jsonl(path: Path, rows: Iterable[object]) -> None:
-    """`write_bytes` of one JSON line per row."""
-    write_text(path, "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows))
+    """`write_bytes` of one JSON line per row, one after the other: the rows need not fit in memory."""
+    write_bytes(path, (json.dumps(_plain(row), ensure_ascii=False).encode() + b"\n" for row in rows))
 
 
 def append_jsonl(path: Path, *rows: object) -> None:

@@ -1,6 +1,6 @@
 """The recipe: what to tune, on which rows, judged how. Unknown keys are errors that name the nearest key.
 
-Six small specs. A `None` means "derive it from the model and the data"; `train/plan.py` derives, prints the value with
+Small specs. A `None` means "derive it from the model and the data"; `train/plan.py` derives, prints the value with
 its reason, and the resolved recipe is saved in the run folder.
 """
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import RecipeError
 
-Layout = Literal["auto", "prompt_completion", "messages", "instruction", "text", "preference"]
+Layout = Literal["auto", "prompt_completion", "messages", "instruction", "text", "preference", "prompt"]
 Method = Literal["sft", "reward", "dpo", "ppo", "grpo"]
 Update = Literal["lora", "full"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -41,8 +41,10 @@ class DataSpec(Spec):
         default=None, gt=1, description="longest example in tokens; the model's context unless given"
     )
     overlong: Literal["error", "drop"] = Field(default="error", description="what to do with rows over max_tokens")
-    conflicts: Literal["drop", "flag"] = Field(
-        default="drop", description="same prompt, different completions: keep the first"
+    conflicts: Literal["drop", "flag", "keep"] = Field(
+        default="drop",
+        description="same prompt, different completions: keep the first; flag the others; or keep all unflagged, as "
+        "fits writing, where what may not leak is then the completion",
     )
     near_duplicates: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.9, description="Jaccard similarity of word 3-grams over which two rows count as one; 1 turns it off"
@@ -98,6 +100,48 @@ class LoraSpec(Spec):
     target: list[str] | None = Field(default=None, description="names of linear layers; all but the head unless given")
 
 
+class PreferenceSpec(Spec):
+    """Learning from choices: reward models (method: reward) and dpo."""
+
+    halves: bool = Field(
+        default=True, description="reward: train a second model on the other half of the pairs, to judge the policy"
+    )
+    margin: str | None = Field(
+        default=None, description="reward: the column that says how much better the chosen answer is"
+    )
+    margin_scale: float = Field(default=1.0, ge=0, description="reward: what the column's numbers are multiplied by")
+    beta: float = Field(default=0.1, gt=0, description="dpo: how dearly leaving the base model is paid")
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="dpo: share of choices taken to be wrong")
+
+
+class RewardSpec(Spec):
+    """What scores the policy's answers in ppo and grpo; a single name is short for `by`."""
+
+    by: str = Field(default="", description="the run folder of a reward model, or file.py:function")
+    judge: str = Field(
+        default="", description="a reward run that judges and never trains; the second half of `by` unless given"
+    )
+    missing_end: float = Field(default=-1.0, description="score of an answer that never ended or could not be scored")
+    seconds: float = Field(default=5.0, gt=0, description="longest time that file.py:function may take for an answer")
+
+
+class PolicySpec(Spec):
+    """How a policy learns from rewards (ppo, grpo). Sources of the values: docs/rlhf.md."""
+
+    rollouts: int = Field(default=40, gt=0, description="how often answers are drawn and learned from")
+    prompts: int | None = Field(default=None, gt=0, description="prompts a rollout; 64, or 16 with groups of 8")
+    group: int = Field(default=8, gt=1, description="grpo: answers drawn for each prompt")
+    epochs: int | None = Field(default=None, gt=0, description="passes over each rollout; 4 for ppo, 1 for grpo")
+    temperature: float = Field(default=1.0, gt=0, description="of the answers that are judged; training draws at 1")
+    kl: float | None = Field(default=None, ge=0, description="price of a nat from the base; 0.05 for ppo, 0 for grpo")
+    kl_target: float | None = Field(default=None, gt=0, description="ppo: adapt the price to be this many nats away")
+    kl_limit: float = Field(default=30.0, gt=0, description="stop when answers are this many nats from the base's")
+    value_start: Literal["zero", "reward"] = Field(default="zero", description="ppo: where the value head begins")
+    advantage: Literal["grpo", "rloo"] = "grpo"
+    mix: float = Field(default=0.0, ge=0, description="ppo: weight of imitating the answers of data.train beside it")
+
+
 class EvaluateSpec(Spec):
     """What is measured before and after, and how surely."""
 
@@ -129,8 +173,16 @@ class Recipe(Spec):
     update: list[Update] = Field(default_factory=lambda: ["lora"], description="lora, full, or both to compare them")
     train: TrainSpec = TrainSpec()
     lora: LoraSpec = LoraSpec()
+    preference: PreferenceSpec = PreferenceSpec()
+    reward: RewardSpec = RewardSpec()
+    policy: PolicySpec = PolicySpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     out: str | None = Field(default=None, description="run folder; runs/<recipe name> unless given")
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _named_or_spelled_out(cls, value: Any) -> Any:
+        return {"by": value} if isinstance(value, str) else value
 
     @field_validator("update", mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -77,11 +77,24 @@ class Batch:
         )
 
 
+Need = Literal["log_probs", "values"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """What the model says of a batch: log-probability of each target, in nats."""
+    """What the model says at the scored positions; only the parts that the loss needs are there."""
 
-    log_probs: Float[Tensor, "S"]
+    parts: Mapping[Need, Float[Tensor, "S"]]
+
+    @property
+    def log_probs(self) -> Float[Tensor, "S"]:
+        """Log-probability of each target, in nats."""
+        return self.parts["log_probs"]
+
+    @property
+    def values(self) -> Float[Tensor, "S"]:
+        """What the scalar head says: the reward of an answer, or the value of a state."""
+        return self.parts["values"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +107,12 @@ class LossTerms:
 
 @runtime_checkable
 class Loss(Protocol):
-    """A training objective over scored tokens."""
+    """A training objective over scored tokens. `needs` names the parts of Scores that it reads."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What is to be computed."""
+        ...
 
     def count(self, batch: Batch) -> float:
         """This batch's share of the denominator, known before the forward pass."""
@@ -107,7 +125,10 @@ class Loss(Protocol):
 
 @runtime_checkable
 class StepSource(Protocol):
-    """Where batches come from: a pure function of the step, so that a resumed run sees the same data."""
+    """Where batches come from: a function of the step, so that a resumed run sees the same data.
+
+    Rollouts are a function of the step and of the weights at that step, which a resumed run has again.
+    """
 
     steps: int
 

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.pack import SHARE_FROM_TOKENS, bins, common_prefix, pack, pack_one
+from tunesmith.data.pack import SHARE_FROM_TOKENS, bins, common_prefix, pack, pack_groups, pack_one
 from tunesmith.model.load import Model
 from tunesmith.model.score import score
+from tunesmith.tensors import Batch
 from tunesmith.types import Example
 
 
@@ -56,13 +57,26 @@ def test_the_common_prefix_is_common_and_swallows_no_scored_position(rows: list[
         assert int(np.flatnonzero(row.weights)[0]) - 1 >= shared  # the position that predicts it is the row's own
 
 
-@given(examples(), st.booleans(), st.integers(1, 60))
-def test_batches_score_every_trained_token_from_the_token_before_it(
-    rows: list[Example], share: bool, budget: int
-) -> None:
-    """Oracle: walk the layout's chain of segments back to the row's whole text."""
-    seen: dict[str, list[tuple[list[int], int]]] = {row.id: [] for row in rows}
-    for batch in pack(rows, budget_tokens=budget, share=share):
+@st.composite
+def grouped(draw: st.DrawFn) -> list[list[Example]]:
+    """Groups whose rows begin alike, as answers to one prompt do; all groups may begin alike too."""
+    stem = draw(st.lists(st.integers(0, 2), min_size=0, max_size=16))
+    groups = []
+    for number in range(draw(st.integers(1, 4))):
+        prompt = stem + draw(st.lists(st.integers(0, 2), min_size=1, max_size=14))
+        rows = []
+        for answer in range(draw(st.integers(1, 3))):
+            tokens = prompt + draw(st.lists(st.integers(0, 2), min_size=1, max_size=6))
+            scored = draw(st.sets(st.integers(len(prompt), len(tokens) - 1), min_size=1))
+            rows.append(example(tokens, sorted(scored), f"{number}.{answer}"))
+        groups.append(rows)
+    return groups
+
+
+def seen_by_the_model(batches: list[Batch]) -> dict[str, list[tuple[list[int], int]]]:
+    """Oracle: each row's scored tokens with their contexts, walking the layout's chain of segments back."""
+    seen: dict[str, list[tuple[list[int], int]]] = {}
+    for batch in batches:
         starts = batch.layout.starts
         for index, target, owner in zip(
             batch.index.tolist(), batch.targets.tolist(), batch.owner.tolist(), strict=True
@@ -73,10 +87,94 @@ def test_batches_score_every_trained_token_from_the_token_before_it(
                 before += batch.tokens[starts[part] : starts[part] + batch.layout.lengths[part]].tolist()
             context = before + batch.tokens[starts[segment] : index + 1].tolist()
             assert int(batch.positions[index]) == len(context) - 1
-            seen[batch.ids[owner]].append((context, target))
-    for row in rows:
-        wanted = [(row.tokens[:t].tolist(), int(row.tokens[t])) for t in np.flatnonzero(row.weights)]
-        assert seen[row.id] == wanted
+            seen.setdefault(batch.ids[owner], []).append((context, target))
+    return seen
+
+
+def wanted_of(rows: list[Example]) -> dict[str, list[tuple[list[int], int]]]:
+    return {
+        row.id: [(row.tokens[:t].tolist(), int(row.tokens[t])) for t in np.flatnonzero(row.weights)] for row in rows
+    }
+
+
+@given(examples(), st.booleans(), st.integers(1, 60))
+def test_batches_score_every_trained_token_from_the_token_before_it(
+    rows: list[Example], share: bool, budget: int
+) -> None:
+    assert seen_by_the_model(pack(rows, budget_tokens=budget, share=share)) == wanted_of(rows)
+
+
+@settings(deadline=None)
+@given(grouped(), st.booleans(), st.integers(1, 120))
+def test_groups_stay_together_in_order_and_score_what_each_row_alone_would(
+    groups: list[list[Example]], share: bool, budget: int
+) -> None:
+    batches = pack_groups(groups, budget_tokens=budget, share=share)
+    assert seen_by_the_model(batches) == wanted_of([row for group in groups for row in group])
+    whole = {tuple(row.id for row in group) for group in groups}
+    for batch in batches:
+        names = [name.split(".")[0] for name in batch.ids]
+        inside = [tuple(i for i in batch.ids if i.split(".")[0] == name) for name in dict.fromkeys(names)]
+        assert set(inside) <= whole
+        assert [i for group in inside for i in group] == list(batch.ids)  # side by side
+        assert len(inside) == 1 or len(batch.tokens) <= budget
+        assert sum(batch.layout.lengths) == len(batch.tokens)
+        assert all(parent < segment for segment, parent in enumerate(batch.layout.parents))
+        assert batch.layout.real_tokens == sum(
+            len(row.tokens) for group in groups for row in group if row.id in batch.ids
+        )
+    assert sum(len(batch.ids) for batch in batches) == sum(len(group) for group in groups)
+
+
+def test_what_all_groups_share_and_what_each_group_shares_are_stored_once() -> None:
+    start, prompts = list(range(50, 60)), [[1, 2, 3, 4], [5, 6, 7]]
+    groups = [
+        [
+            example(
+                [*start, *prompt, 9, 30 + n, *[40] * n], range(len(start + prompt) + 1, len(start + prompt) + 2 + n)
+            )  # type: ignore[arg-type]
+            for n in range(3)
+        ]
+        for prompt in prompts
+    ]
+    (batch,) = pack_groups(groups, budget_tokens=999)
+    assert batch.layout.parents == (-1, 0, 1, 1, 1, 0, 5, 5, 5)
+    assert batch.layout.lengths == (10, 4, 2, 3, 4, 3, 2, 3, 4)  # the token before the first trained one is the row's
+    assert batch.tokens[:14].tolist() == [*start, 1, 2, 3, 4]
+
+
+def test_a_group_alone_and_groups_of_one_share_on_one_level() -> None:
+    rows = [example([*range(50, 62), 9, n], [13], str(n)) for n in range(3)]
+    (together,) = pack_groups([rows], budget_tokens=999)
+    (apart,) = pack_groups([[row] for row in rows], budget_tokens=999)
+    assert together.layout == apart.layout == pack_one(rows).layout
+    assert together.layout.parents == (-1, 0, 0, 0)
+
+
+def test_log_probs_and_gradients_of_groups_are_those_of_rows_alone(fresh_model: Model) -> None:
+    draw = np.random.default_rng(0)
+    start = draw.integers(3, 250, 11).tolist()
+    groups = []
+    for number in range(3):
+        prompt = [*start, *draw.integers(3, 250, 9 + number).tolist()]
+        sides = [[*prompt, *draw.integers(3, 250, size).tolist()] for size in (5, 2, 5)]
+        groups.append([example(tokens, range(len(prompt), len(tokens)), f"{number}") for tokens in sides])  # type: ignore[arg-type]
+    (shared,) = pack_groups(groups, budget_tokens=999)
+    assert shared.layout.parents.count(-1) == 1
+    assert len(shared.layout.parents) == 1 + 3 + 9
+    found, gradients = [], []
+    slope = torch.from_numpy(draw.normal(size=len(shared.targets))).float()
+    alone = [pack_one([row]) for group in groups for row in group]
+    for batches in ([shared], alone):
+        log_probs = torch.cat([score(fresh_model, batch).log_probs for batch in batches])
+        (log_probs * slope).sum().backward()
+        found.append(log_probs.detach())
+        gradients.append({name: p.grad.clone() for name, p in fresh_model.hf.named_parameters() if p.grad is not None})
+        fresh_model.hf.zero_grad()
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=5e-6)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_numbers_of_scored_tokens_travel_with_them() -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tunesmith.data.layout import is_prompt_only
 from tunesmith.data.read import items, read, read_choices
 from tunesmith.errors import DataError, RecipeError, TunesmithError
 from tunesmith.recipe import DataSpec
@@ -150,6 +151,27 @@ def test_preferences_become_comparisons(tmp_path: Path) -> None:
     assert (first.chosen.content, first.rejected.content, first.rater) == ("good", "bad", "ann")
     assert [message.role for message in second.prompt] == ["system", "user"]
     assert second.rejected.content == "What?"
+
+
+def test_prompts_alone_become_rows_with_an_answer_to_be_written(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", {"prompt": "q"}, {"prompt": "r", "system": "Be brief."})
+    rows = rows_of(source)
+    assert all(map(is_prompt_only, rows))
+    assert [[message.role for message in row.prompt] for row in rows] == [["user"], ["system", "user"]]
+    assert {row.completion for row in rows if isinstance(row, Conversation)} == {""}
+    assert not is_prompt_only(conversation(write(tmp_path / "b.jsonl", PAIR)))
+
+
+def test_other_columns_beside_a_prompt_alone_are_read_only_when_asked_for(tmp_path: Path) -> None:
+    late = write(tmp_path / "a.jsonl", {"prompt": "q"}, PAIR)
+    with pytest.raises(DataError, match="the first row has a prompt alone"):
+        rows_of(late)
+    with pytest.raises(DataError, match="cannot make rows"):
+        rows_of(write(tmp_path / "b.jsonl", {"prompt": "q", "sum": 3}))
+    assert [dict(row.extra) for row in rows_of(late, layout="prompt")] == [
+        {"prompt_only": True},
+        {"completion": PAIR["completion"], "prompt_only": True},
+    ]
 
 
 def test_columns_can_be_named_in_the_recipe(tmp_path: Path) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.layout import plain_row
-from tunesmith.data.similar import jaccard, near_pairs
+from tunesmith.data import similar
+from tunesmith.data.layout import comparison_id, plain_row
+from tunesmith.data.similar import _boilerplate, _sharing, jaccard, near_pairs
 from tunesmith.data.split import Splits, clusters, split
 from tunesmith.data.tasks import legal_citations
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe import DataSpec
-from tunesmith.types import Conversation
+from tunesmith.types import Comparison, Conversation, Message, Row
 
 SPEC = DataSpec(train="rows.jsonl", valid=0.2, test=0.2)
 WORDS = [f"w{number}" for number in range(200)]
@@ -32,6 +35,13 @@ def place(splits: Splits) -> dict[str, str]:
 
 def distinct(count: int) -> list[Conversation]:
     return [row(f"question number {number}", line=number) for number in range(1, count + 1)]
+
+
+def choice(prompt: str, better: str, worse: str, rater: str = "") -> Comparison:
+    asked = (Message(role="user", content=prompt),)
+    chosen, rejected = (Message(role="assistant", content=text) for text in (better, worse))
+    identity = comparison_id(asked, chosen, rejected, rater)
+    return Comparison(prompt=asked, chosen=chosen, rejected=rejected, rater=rater, id=identity, source="rows.jsonl:1")
 
 
 @settings(max_examples=10, deadline=None)
@@ -72,6 +82,45 @@ def test_rows_with_one_prompt_stay_together() -> None:
     assert not asked[1] & asked[2]
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(), st.integers(0, 3), st.sampled_from([0.1, 0.2, 0.3]))
+def test_few_prompts_are_split_so_that_no_answer_stands_in_two_splits(number: int, seed: int, fraction: float) -> None:
+    draw = random.Random(number)
+    answers = [f"{number} {' '.join(draw.choices(WORDS, k=5))}" for number in range(1500)]
+    rows: list[Row] = [choice(f"prompt {draw.randint(1, 3)}", *draw.sample(answers, 2)) for _ in range(400)]
+    found = split(rows, DataSpec(train="x", valid=fraction, test=fraction, near_duplicates=1, seed=seed))
+    parts = [found.train, found.valid, found.test]
+    said = [{each.content for row in part for each in (row.chosen, row.rejected)} for part in parts]
+    assert found.unit == "answer"
+    assert "no answer stands in two splits" in found.note
+    assert not said[0] & said[1] | said[0] & said[2] | said[1] & said[2]
+    assert sorted(row.id for part in parts for row in part) == sorted(row.id for row in rows)
+
+
+def test_many_prompts_are_kept_together_whatever_their_answers() -> None:
+    rows = [choice(f"prompt {number % 60}", f"good {number}", f"bad {number}") for number in range(240)]
+    found = split(rows, DataSpec(train="x", valid=0.1, test=0.2))
+    asked = [{row.prompt for row in part} for part in (found.train, found.valid, found.test)]
+    assert found.unit == "prompt"
+    assert not asked[0] & asked[1] | asked[0] & asked[2] | asked[1] & asked[2]
+
+
+def test_a_pair_judged_either_way_by_several_people_stays_together() -> None:
+    pairs = [(f"one {number}", f"two {number}") for number in range(200)]
+    rows = [choice("prompt", a, b, "ann") for a, b in pairs] + [choice("prompt", b, a, "bob") for a, b in pairs]
+    places = place(split(rows, SPEC))
+    assert all(places[one.id] == places[two.id] for one, two in zip(rows[:200], rows[200:], strict=True))
+
+
+def test_one_prompt_with_many_answers_is_split_where_the_recipe_keeps_them() -> None:
+    rows = [row("Write a sentence.", f"sentence {number}", number) for number in range(1, 200)]
+    with pytest.raises(DataError, match="empty"):
+        split(rows, SPEC)
+    found = split(rows, SPEC.model_copy(update={"conflicts": "keep"}))
+    assert (found.unit, len(found.train) + len(found.valid) + len(found.test)) == ("answer", 199)
+    assert min(len(found.valid), len(found.test)) > 20
+
+
 def test_near_duplicates_stay_together_and_follow_the_first() -> None:
     draw = random.Random(0)
     originals = [row(" ".join(draw.choices(WORDS, k=60)), line=number + 1) for number in range(100)]
@@ -86,7 +135,7 @@ def test_near_duplicates_stay_together_and_follow_the_first() -> None:
 def test_clusters_are_transitive_and_led_by_their_first_row() -> None:
     words = WORDS[:60]
     chain = [row(" ".join([*words[:index], *words])) for index in (0, 1, 2)]
-    assert clusters([row("something else"), *chain, row("something else", "no")], 0.9) == [0, 1, 1, 1, 0]
+    assert list(clusters([row("something else"), *chain, row("something else", "no")], 0.9)) == [0, 1, 1, 1, 0]
 
 
 def test_files_are_read_in_place_of_fractions(tmp_path: Path) -> None:
@@ -139,6 +188,16 @@ def test_one_canned_answer_to_different_questions_makes_no_duplicates() -> None:
     assert list(near_pairs(rows, 0.9)) == []
 
 
+def test_comparisons_are_alike_when_both_answers_are_whoever_judged() -> None:
+    draw = random.Random(4)
+    a, b, c = (" ".join(draw.choices(WORDS, k=40)) for _ in range(3))
+    short = [choice("Write.", a, "yes"), choice("Write.", a, "no")]
+    turned = [choice("Write.", a, b), choice("Write.", b, a), choice("Write.", a, c)]
+    raters = [choice("Write.", a, b, "ann"), choice("Write.", f"{a}!", b, "bob"), choice("Write.", a, b + "?", "bob")]
+    assert list(near_pairs(short, 0.9)) == list(near_pairs(turned, 0.9)) == []
+    assert set(near_pairs(raters, 0.9)) == {(0, 1), (1, 2)}
+
+
 def test_a_fixed_instruction_before_every_prompt_makes_no_duplicates() -> None:
     draw = random.Random(3)
     instruction = " ".join(draw.choices(WORDS, k=150))
@@ -153,7 +212,7 @@ def test_punctuation_and_case_do_not_make_rows_different() -> None:
 
 def test_generated_citations_are_neither_dropped_nor_clustered() -> None:
     rows = list(legal_citations(2500, 0))
-    assert clusters(rows, 0.9) == list(range(2500))
+    assert list(clusters(rows, 0.9)) == list(range(2500))
 
 
 def test_a_threshold_of_one_turns_near_duplicates_off_and_a_low_one_is_refused() -> None:
@@ -163,7 +222,40 @@ def test_a_threshold_of_one_turns_near_duplicates_off_and_a_low_one_is_refused()
 
 
 def test_two_empty_sets_are_alike() -> None:
-    import numpy as np
-
     empty = np.array([], dtype=np.uint64)
     assert jaccard(empty, empty) == 1.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 12), st.randoms())
+def test_columns_that_share_a_band_are_those_that_plain_loops_find(
+    bands: int, row: list[int], most: int, draw: random.Random
+) -> None:
+    keys = np.array([draw.sample(row, len(row)) for _ in range(bands)], dtype=np.uint32)
+    wanted = set()
+    for band in keys.tolist():
+        for later, key in enumerate(band):
+            twins = [earlier for earlier in range(later) if band[earlier] == key]
+            wanted |= {(earlier, later) for earlier in twins[-most:]}
+    found = list(_sharing(keys, most))
+    assert len(found) == len(set(found))
+    if most >= len(row):
+        assert set(found) == wanted
+    assert set(found) <= wanted
+
+
+def test_among_many_rows_a_copy_is_still_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similar, "MANY_ROWS", 10)
+    draw = random.Random(1)
+    rows = [row(" ".join(draw.choices(WORDS, k=50))) for _ in range(100)]
+    copies = [row(f"{each.prompt[0].content} twice over") for each in rows]
+    assert set(near_pairs(rows + copies, 0.9)) == {(index, index + 100) for index in range(100)}
+
+
+def test_boilerplate_is_what_counting_every_shingle_finds() -> None:
+    draw = np.random.default_rng(0)
+    shared = draw.integers(0, 2**64, 40, np.uint64)
+    rows = [[np.unique(shared[draw.random(40) < share]) for share in (0.1, 0.3, 0.0)] for _ in range(200)]
+    for side, found in enumerate(_boilerplate(rows)):
+        counts = Counter(value for each in rows for value in each[side].tolist())
+        assert sorted(found.tolist()) == sorted(value for value, count in counts.items() if count > 40)

@@ -15,10 +15,11 @@ from tunesmith.errors import RecipeError
 from tunesmith.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+DRAWN = TASKS[:3]
 NAMES = ("legal_citations", "icd10cm_chapters", "botocore_calls", "customer_support")
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", DRAWN)
 def test_rows_are_distinct_and_the_same_for_a_seed(name: str) -> None:
     rows = list(builtin(name, 400, 0))
     assert rows == list(builtin(name, 400, 0))
@@ -97,7 +98,7 @@ def test_an_unknown_task_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), list(zip(TASKS, ("courts_db", "simple_icd_10_cm", "botocore"), strict=True))
+    ("name", "package"), list(zip(DRAWN, ("courts_db", "simple_icd_10_cm", "botocore"), strict=True))
 )
 def test_a_missing_package_says_what_to_install(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.errors import DataError
+from tunesmith.evaluate import lookup
 from tunesmith.evaluate.lookup import BUCKETS, _hash_grams, majority, nearest_neighbour
 from tunesmith.types import Conversation, Item, Message
 
@@ -96,3 +97,11 @@ def test_lookup_without_training_rows_is_an_error() -> None:
     for baseline in (nearest_neighbour, majority):
         with pytest.raises(DataError, match="no training rows"):
             baseline([], [item("a")])
+
+
+def test_of_very_many_rows_a_sample_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "MOST_ROWS", 20)
+    train = [row(f"question {n} about {n * n}", str(n)) for n in range(100)]
+    found = [int(answer) for answer in nearest_neighbour(train, [item(each.prompt[0].content) for each in train])]
+    assert len(set(found)) == 20
+    assert sum(place == answer for place, answer in enumerate(found)) == 20

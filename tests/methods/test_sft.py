@@ -90,7 +90,7 @@ def test_the_loss_is_the_weighted_negative_log_likelihood_as_a_sum() -> None:
     batch = pack_one([example])
     log_probs = torch.tensor([-1.0, -2.0, -3.0])
     assert CrossEntropy().count(batch) == 3.5
-    assert float(CrossEntropy()(Scores(log_probs=log_probs), batch).sum) == 1.0 + 0.5 * 2 + 2 * 3
+    assert float(CrossEntropy()(Scores(parts={"log_probs": log_probs}), batch).sum) == 1.0 + 0.5 * 2 + 2 * 3
 
 
 @torch.no_grad()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tunesmith.data.read import read
+from tunesmith.data.render import render
+from tunesmith.data.store import Lazy
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.model.load import Vocabulary, load_vocabulary
 from tunesmith.pipeline.forecast import what_rows_show
@@ -39,7 +42,7 @@ def texts(count: int) -> list[dict[str, Any]]:
     return [{"text": f"{n} {chr(97 + n % 26) * 9} stands alone"} for n in range(count)]
 
 
-def rows_of(path: str) -> tuple[Conversation, ...]:
+def rows_of(path: str) -> Sequence[Conversation]:
     return conversations(tuple(read(path, DataSpec(train=path))))
 
 
@@ -129,3 +132,29 @@ def test_what_rows_show_is_known_beforehand_for_right_or_wrong_only(tiny_recipe:
     assert 0 < smallest < 1
     assert f"100 test rows can show a difference of {100 * smallest:.1f} points" in told
     assert what_rows_show(parse_recipe(tiny_recipe({"task.metric": "completion_loss"})), 100)[0] is None
+
+
+def test_each_row_that_is_not_too_long_has_its_own_example(
+    tiny_recipe: Make, tmp_path: Path, vocabulary: Vocabulary
+) -> None:
+    rows = [{"prompt": f"{n} {chr(97 + n % 26) * (n % 40)}", "completion": "yes"} for n in range(80)]
+    changes: dict[str, Any] = {"data.train": written(tmp_path / "rows.jsonl", *rows), "data.overlong": "drop"}
+    middle = prepared(tiny_recipe(changes), vocabulary).counts["data"]["tokens_per_row"]["p50"]
+    found = prepared(tiny_recipe({**changes, "data.max_tokens": int(middle)}), vocabulary)
+    assert found.census.splits["train"].dropped["too many tokens"] >= 10
+    for row, example in zip(found.rows, found.train, strict=True):
+        (wanted,) = render(row, vocabulary.tokenizer, vocabulary.eos_ids)
+        assert example.id == wanted.id == row.id
+        assert np.array_equal(example.tokens, wanted.tokens)
+        assert np.array_equal(example.weights, wanted.weights)
+
+
+def test_all_that_grows_with_the_file_is_on_disk(tiny_recipe: Make, vocabulary: Vocabulary) -> None:
+    found = prepared(tiny_recipe(), vocabulary)
+    for part in (found.rows, found.train, found.valid, found.test_items, found.ledger):
+        assert isinstance(part, Lazy)
+
+
+def test_prompts_alone_are_nothing_to_imitate(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the row has a prompt and no answer to imitate"):
+        rows_of(written(tmp_path / "a.jsonl", {"prompt": "q"}))

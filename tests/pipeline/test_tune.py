@@ -192,8 +192,8 @@ def test_what_is_handed_over_is_the_best_step_and_not_the_last(
     found = iter([3.0, 1.0, 2.0])
     real = module._validate
 
-    def worse_at_the_end(update: Update, step: int, *rest: object) -> dict[str, float]:
-        return {**real(update, step, *rest), "valid_loss": next(found)}  # type: ignore[arg-type]
+    def worse_at_the_end(update: Update, *rest: object) -> dict[str, float]:
+        return {**real(update, *rest), "valid_loss": next(found)}  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "_validate", worse_at_the_end)
     tuned = work(tmp_path / "run", "lora")
@@ -208,7 +208,7 @@ def test_training_stops_when_validation_no_longer_improves(
     monkeypatch.setattr(
         module,
         "_validate",
-        lambda update, step, *rest: {"step": step, "valid_loss": next(rising), "valid_metric": 0.0},
+        lambda *rest: {"valid_loss": next(rising), "valid_metric": 0.0},
     )
     object.__setattr__(recipe.train, "evaluations", 10)
     object.__setattr__(recipe.train, "patience", 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,62 @@ RATES = {
 }
 PROMPT_TOKENS = {"base": 31.2, "instructed": 118.2, "few_shot": 221.4, "lora": 31.2, "full": 31.2}
 REPORTERS = ["F.3d", "U.S.", "S. Ct.", "Cal. App. 4th", "N.E.2d", "P.3d", "So. 2d", "A.2d"]
+LOADING = {"src", "href", "xlink:href", "action", "data", "srcset"}
+VOID = {"meta", "br", "img", "link", "input", "hr"}
 INSTRUCTIONS = "Give the reporter's abbreviation of this citation. Answer with the abbreviation only."
+
+
+class Outline(HTMLParser):
+    """Checks that tags nest and collects text, ids and every attribute that could load something."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.stack: list[str] = []
+        self.words: list[str] = []
+        self.ids: list[str] = []
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.links += [value or "" for name, value in attrs if name in LOADING]
+        assert not [name for name, _ in attrs if name.startswith("on")]
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.stack.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.stack or self.stack[-1] != "style":
+            self.words.append(data)
+
+
+@pytest.fixture(scope="session")
+def outline() -> Callable[[str], Outline]:
+    """Parses a page, and fails where its tags do not nest."""
+
+    def parse(page: str) -> Outline:
+        parser = Outline()
+        parser.feed(page)
+        parser.close()
+        assert parser.stack == []
+        return parser
+
+    return parse
+
+
+@pytest.fixture(scope="session")
+def text_of(outline: Callable[[str], Outline]) -> Callable[[str], str]:
+    """The words of a page, in order."""
+    return lambda page: " ".join(" ".join(outline(page).words).split())
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,6 @@ ALL = [
     charts.curves_chart,
     charts.forgetting_chart,
     charts.tokens_chart,
-    charts.plan_chart,
 ]
 
 
@@ -79,7 +78,6 @@ def test_titles_state_the_finding(drawn: list[charts.Chart]) -> None:
         "Validation loss fell: LoRA 2.212 to 0.433, full fine-tuning 2.162 to 0.383",
         "General loss moved by LoRA +0.048, full fine-tuning +0.163 nats per token, within the limit of 0.2",
         "LoRA reads 86% fewer prompt tokens than few-shot (3 examples)",
-        "The plan was off by ×1.11 at most (LoRA, time)",
     ]
 
 

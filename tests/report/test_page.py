@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -20,53 +19,6 @@ from tunesmith.report.page import print_report, render_page, write_report
 from tunesmith.report.record import read_record
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(1)> ![x](http://evil.example/a.png) [bold red]{{ 7 * 7 }}"
-LOADING = {"src", "href", "xlink:href", "action", "data", "srcset"}
-VOID = {"meta", "br", "img", "link", "input", "hr"}
-
-
-class Outline(HTMLParser):
-    """Checks that tags nest and collects text, ids and every attribute that could load something."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.stack: list[str] = []
-        self.words: list[str] = []
-        self.ids: list[str] = []
-        self.tags: set[str] = set()
-        self.links: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.ids += [value or "" for name, value in attrs if name == "id"]
-        self.links += [value or "" for name, value in attrs if name in LOADING]
-        assert not [name for name, _ in attrs if name.startswith("on")]
-        if tag not in VOID:
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.stack.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.stack
-        assert self.stack.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.stack or self.stack[-1] != "style":
-            self.words.append(data)
-
-
-def outline(page: str) -> Outline:
-    parser = Outline()
-    parser.feed(page)
-    parser.close()
-    assert parser.stack == []
-    return parser
-
-
-def text_of(page: str) -> str:
-    return " ".join(" ".join(outline(page).words).split())
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +26,20 @@ def page(whole: Path) -> str:
     return render_page(read_record(whole))
 
 
-def test_the_page_is_well_formed_and_its_ids_are_unique(page: str) -> None:
+def test_the_page_is_well_formed_and_its_ids_are_unique(page: str, outline: Callable) -> None:
     found = outline(page)
     assert len(found.ids) == len(set(found.ids))
     assert page.startswith("<!doctype html>")
 
 
-def test_every_link_points_into_the_page(page: str) -> None:
+def test_every_link_points_into_the_page(page: str, outline: Callable) -> None:
     found = outline(page)
     assert all(link.startswith("#") and link[1:] in found.ids for link in found.links)
     assert not re.findall(r"url\((?!#)|@import|https?:", page)
     assert not found.tags & {"script", "iframe", "object", "embed", "link", "img", "form"}
 
 
-def test_the_page_holds_the_verdict_the_finding_and_its_numbers(page: str, whole: Path) -> None:
+def test_the_page_holds_the_verdict_the_finding_and_its_numbers(page: str, whole: Path, text_of: Callable) -> None:
     text = text_of(page)
     results = json.loads((whole / "results.json").read_text())
     assert "ship" in text
@@ -111,7 +63,7 @@ def test_the_page_holds_the_verdict_the_finding_and_its_numbers(page: str, whole
         "p < 0.001",
         "repaid after 41,000 requests",
         "LoRA keeps 94% (86% to 102%) of full fine-tuning's gain over the best prompt",
-        "67% of its compute, 71% of its time, 49% of its memory",
+        "67% of its compute, 71% of its time, 49% of its memory, 4% of its checkpoint",
         "The test rows were read once",
         "The smallest difference this test set can show is 6.2 points (with power 80%, at a level of 95%).",
         "General loss moved by LoRA +0.048",
@@ -131,7 +83,7 @@ def test_the_page_holds_the_verdict_the_finding_and_its_numbers(page: str, whole
         "broken by tuning",
     ],
 )
-def test_the_page_says(sentence: str, page: str) -> None:
+def test_the_page_says(sentence: str, page: str, text_of: Callable) -> None:
     assert sentence in text_of(page)
 
 
@@ -153,7 +105,7 @@ def test_a_thousand_rows_fit_in_a_page_under_1_5_megabytes(tmp_path: Path, make_
     assert write_report(folder).stat().st_size < 1_500_000
 
 
-def test_a_bare_run_has_a_page_that_says_what_is_absent(bare: Path) -> None:
+def test_a_bare_run_has_a_page_that_says_what_is_absent(bare: Path, text_of: Callable) -> None:
     text = text_of(write_report(bare).read_text(encoding="utf-8"))
     for sentence in (
         "not shown",
@@ -185,7 +137,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., Path
 
 
 @pytest.mark.parametrize("keys", GROUPS)
-def test_any_part_of_the_results_may_be_absent_or_null(keys: tuple[str, ...], small: Path) -> None:
+def test_any_part_of_the_results_may_be_absent_or_null(keys: tuple[str, ...], small: Path, outline: Callable) -> None:
     record = read_record(small)
     for key in keys:
         del record.results[key]
@@ -197,21 +149,27 @@ def test_any_part_of_the_results_may_be_absent_or_null(keys: tuple[str, ...], sm
 @pytest.mark.parametrize(
     "names", [("recipe.yaml", "answers/lora.jsonl"), ("plan.json", "metrics.jsonl", "ledger.jsonl")]
 )
-def test_any_other_file_may_be_absent(names: tuple[str, ...], tmp_path: Path, make_run: Callable[..., Path]) -> None:
+def test_any_other_file_may_be_absent(
+    names: tuple[str, ...], tmp_path: Path, make_run: Callable[..., Path], outline: Callable
+) -> None:
     folder = make_run(tmp_path / "run", rows=20, updates=("lora",))
     for name in names:
         (folder / name).unlink()
     outline(write_report(folder).read_text(encoding="utf-8"))
 
 
-def test_numbers_that_are_not_finite_are_shown_as_absent(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+def test_numbers_that_are_not_finite_are_shown_as_absent(
+    tmp_path: Path, make_run: Callable[..., Path], text_of: Callable
+) -> None:
     folder = make_run(tmp_path / "run", rows=20)
     text = re.sub(r'"value": [-\d.e]+', '"value": NaN', (folder / "results.json").read_text())
     (folder / "results.json").write_text(text)
     assert "nan" not in text_of(write_report(folder).read_text(encoding="utf-8")).lower().split()
 
 
-def test_nothing_that_a_user_or_a_model_wrote_becomes_markup(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+def test_nothing_that_a_user_or_a_model_wrote_becomes_markup(
+    tmp_path: Path, make_run: Callable[..., Path], outline: Callable
+) -> None:
     folder = make_run(tmp_path / "run", rows=12, updates=("lora",))
     spare = {"ship", "exact_match", "chrf", "few_shot", "lora"}
     for path in [*folder.glob("*.json"), *folder.rglob("*.jsonl")]:
@@ -261,7 +219,7 @@ def test_an_example_shows_every_arm_and_marks_right_and_wrong(whole: Path) -> No
 
 
 def test_a_metric_between_0_and_1_compares_scores_instead_of_right_and_wrong(
-    tmp_path: Path, make_run: Callable[..., Path]
+    tmp_path: Path, make_run: Callable[..., Path], outline: Callable
 ) -> None:
     folder = make_run(tmp_path / "run", rows=40)
     content = json.loads((folder / "results.json").read_text())
@@ -306,7 +264,9 @@ def test_the_report_starts_without_torch() -> None:
     assert done.returncode == 0
 
 
-def test_headlines_speak_of_the_arm_that_validation_chose(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+def test_headlines_speak_of_the_arm_that_validation_chose(
+    tmp_path: Path, make_run: Callable[..., Path], text_of: Callable
+) -> None:
     folder = make_run(tmp_path / "run", rows=20)
     record = read_record(folder)
     assert record.subject == "lora"

@@ -41,6 +41,8 @@ class Spoilt:
     factor: float
     calls: list[int] = field(default_factory=list)
 
+    needs = CrossEntropy.needs
+
     def count(self, batch: Batch) -> float:
         return CrossEntropy().count(batch)
 
@@ -195,7 +197,7 @@ def test_a_step_says_what_it_cost(fresh_model: Model, tiny_examples: list[Exampl
     done = list(fit(fresh_model, source, CrossEntropy(), SMOOTH, tmp_path, World()))
     tokens, scored = 0, 0.0
     for number, one in enumerate(done):
-        tokens += sum(len(source.examples[row].tokens) for row in source.rows(number))
+        tokens += sum(len(source.groups[row][0].tokens) for row in source.rows(number))
         scored += sum(float(batch.weights.sum()) for batch in source(number))
         assert (one.step, one.steps, one.tokens, one.scored_tokens) == (number + 1, STEPS, tokens, int(scored))
         assert one.seconds > 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from hashlib import blake2b
 
@@ -53,6 +53,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
+    "prompt": ("prompt",),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "preference": ("prompt", "system", "rater"),
@@ -60,21 +61,29 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "instruction": ("input", "system"),
     "prompt_completion": ("system", "tools"),
     "text": (),
+    "prompt": ("system", "tools"),
 }
+# A row that only asks carries this in `extra`, and an empty answer for the policy to write.
+PROMPT_ONLY = "prompt_only"
 LABELS = ("label", "category", "class", "intent")
 
 ACCEPTED = (
     "Accepted columns: prompt + completion; question + answer; messages; instruction (+ input) + output; text; "
-    "prompt + chosen + rejected. Or map yours in the recipe, e.g. data.columns: {prompt: ticket, completion: reply}."
+    "prompt + chosen + rejected; prompt alone. Or map yours in the recipe, e.g. data.columns: {prompt: ticket, "
+    "completion: reply}."
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """A layout and, for each of our names that it reads, the file's own column name."""
+    """A layout and, for each of our names that it reads, the file's own column name.
+
+    `alone` says that the layout was found because there are no other columns, so that no row may have one.
+    """
 
     layout: str
     names: Mapping[str, str]
+    alone: bool = False
 
 
 def content_id(*parts: object) -> str:
@@ -88,16 +97,30 @@ def conversation_id(messages: Sequence[Message], tools: Sequence[Mapping[str, ob
     return content_id(_canonical(messages), list(tools), text)
 
 
+def comparison_id(prompt: Sequence[Message], chosen: Message, rejected: Message, rater: str = "") -> str:
+    """The `id` of a Comparison. The rater is part of it: two people's equal judgements are two observations."""
+    return content_id(_canonical(prompt), _canonical([chosen]), _canonical([rejected]), rater)
+
+
 def plain_row(prompt: str, completion: str, source: str, extra: Fields | None = None) -> Conversation:
     """One user turn and its answer as a Conversation."""
     messages = (Message(role="user", content=prompt), Message(role="assistant", content=completion))
     return Conversation(messages=messages, id=conversation_id(messages), source=source, extra=extra or {})
 
 
+def is_prompt_only(row: Row) -> bool:
+    """Whether a row only asks: its answer is empty because a policy is to write it."""
+    return isinstance(row, Conversation) and row.extra.get(PROMPT_ONLY) is True
+
+
 def find_columns(columns: Sequence[str], spec: DataSpec, where: str) -> Columns:
     """Choose the layout and match its names to `columns`. Raises DataError that lists the columns found."""
     _check_mapping(columns, spec, where)
-    order = list(REQUIRED) if spec.layout == "auto" else [spec.layout]
+    order = [spec.layout]
+    if spec.layout == "auto":
+        # A forgotten answer column is an error, so prompts alone are told by their very name.
+        prompts_alone = {name.casefold() for name in columns} <= {"prompt", *OPTIONAL["prompt"]}
+        order = [layout for layout in REQUIRED if layout != "prompt" or prompts_alone]
     found = [matched for layout in order if (matched := _match(layout, columns, spec)) is not None]
     if not found:
         wanted = "" if spec.layout == "auto" else f" for layout {spec.layout} ({' + '.join(REQUIRED[spec.layout])})"
@@ -108,7 +131,7 @@ def find_columns(columns: Sequence[str], spec: DataSpec, where: str) -> Columns:
         what = f"the columns {_listed(columns)} can be read as plain text or as text and label"
         fix = f"Write data.columns: {{prompt: {text}, completion: {labels[0]}}}, or data.layout: text."
         raise DataError(what, where=where, fix=fix)
-    return found[0]
+    return replace(found[0], alone=spec.layout == "auto" and found[0].layout == "prompt")
 
 
 def to_row(fields: Fields, columns: Columns, where: str) -> Row:
@@ -120,6 +143,9 @@ def to_row(fields: Fields, columns: Columns, where: str) -> Row:
     ours = {name: fields[theirs] for name, theirs in columns.names.items() if theirs in fields}
     used = set(columns.names.values())
     extra = {name: value for name, value in fields.items() if name not in used}
+    if columns.alone and extra:
+        fix = "Give every row an answer, or write data.layout: prompt."
+        raise DataError(f"the first row has a prompt alone, this one {_listed(list(fields))}", where=where, fix=fix)
     if columns.layout == "preference":
         return _comparison(ours, extra, where)
     if columns.layout == "text":
@@ -127,6 +153,8 @@ def to_row(fields: Fields, columns: Columns, where: str) -> Row:
         return Conversation(messages=(), text=text, id=conversation_id((), text=text), source=where, extra=extra)
     messages = _turns(ours, columns, where)
     tools = _tools(ours.get("tools"), where)
+    if columns.layout == "prompt":
+        extra = {**extra, PROMPT_ONLY: True}
     return Conversation(messages=messages, tools=tools, id=conversation_id(messages, tools), source=where, extra=extra)
 
 
@@ -187,6 +215,8 @@ def _turns(ours: Fields, columns: Columns, where: str) -> tuple[Message, ...]:
         prompt = _with_system((Message(role="user", content=content),), ours, where)
         return (*prompt, _answer(ours["output"], columns.names["output"], where))
     prompt = _with_system(_prompt(ours["prompt"], columns.names["prompt"], where), ours, where)
+    if columns.layout == "prompt":
+        return (*prompt, Message(role="assistant", content=""))
     return (*prompt, _answer(ours["completion"], columns.names["completion"], where))
 
 
@@ -210,8 +240,7 @@ def _comparison(ours: Fields, extra: Fields, where: str) -> Comparison:
         chosen=better,
         rejected=worse,
         rater=rater,
-        # The rater is part of the content: two people's equal judgements are two observations.
-        id=content_id(_canonical(prompt), _canonical([better]), _canonical([worse]), rater),
+        id=comparison_id(prompt, better, worse, rater),
         source=where,
         extra=extra,
     )

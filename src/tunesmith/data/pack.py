@@ -1,7 +1,8 @@
-"""Examples become packed batches: no padding, and a prefix that all of them share is stored once.
+"""Examples become packed batches: no padding, and what several of them begin with is stored once.
 
 A step's Examples are laid into streams of at most `budget_tokens`. The longest prefix common to a stream's Examples (a
-system prompt, an instruction) becomes a segment of its own that the others continue, as long as it is untrained.
+system prompt, an instruction) becomes a segment of its own that the others continue, as long as it is untrained; so
+does what the Examples of a group share beyond it (the prompt of a pair, or of several sampled answers).
 """
 
 from __future__ import annotations
@@ -39,43 +40,60 @@ def bins(sizes: Sequence[int], budget: int) -> list[list[int]]:
 
 def pack(examples: Sequence[Example], *, budget_tokens: int, share: bool = True) -> list[Batch]:
     """Packed batches of at most `budget_tokens` each (an Example over it stands alone)."""
-    groups = bins([len(example.tokens) for example in examples], budget_tokens)
-    return [pack_one([examples[i] for i in group], share=share) for group in groups]
+    return pack_groups([[example] for example in examples], budget_tokens=budget_tokens, share=share)
+
+
+def pack_groups(groups: Sequence[Sequence[Example]], *, budget_tokens: int, share: bool = True) -> list[Batch]:
+    """Packed batches in which the Examples of a group stay together, side by side and in their order."""
+    sizes = [sum(len(e.tokens) for e in group) - (len(group) - 1) * _prefix(group, share) for group in groups]
+    return [_stream([groups[i] for i in members], share) for members in bins(sizes, budget_tokens)]
 
 
 def pack_one(examples: Sequence[Example], *, share: bool = True) -> Batch:
     """All of `examples` in one stream."""
-    prefix = common_prefix(examples) if share and len(examples) > 1 else 0
-    lengths, parents, tokens, positions = [], [], [], []
-    index, targets, weights, owner = [], [], [], []
-    at = 0
-    if prefix:
-        lengths, parents, at = [prefix], [-1], prefix
-        tokens, positions = [examples[0].tokens[:prefix]], [np.arange(prefix)]
-    for place, example in enumerate(examples):
-        own = example.tokens[prefix:]
-        lengths.append(len(own))
-        parents.append(0 if prefix else -1)
-        tokens.append(own)
-        positions.append(np.arange(prefix, prefix + len(own)))
-        scored = np.flatnonzero(example.weights[1:]) + 1
-        index.append(scored - 1 - prefix + at)
-        targets.append(example.tokens[scored])
-        weights.append(example.weights[scored])
-        owner.append(np.full(len(scored), place))
-        at += len(own)
-    names = examples[0].extra.keys()
-    return Batch(
-        tokens=_long(tokens),
-        positions=_long(positions),
-        layout=Layout(lengths=tuple(lengths), parents=tuple(parents)),
-        index=_long(index),
-        targets=_long(targets),
-        weights=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
-        owner=_long(owner),
-        ids=tuple(example.id for example in examples),
-        extra={name: _extra(examples, name) for name in names},
+    return _stream([[example] for example in examples], share)
+
+
+def _stream(groups: Sequence[Sequence[Example]], share: bool) -> Batch:
+    """Segments in order: the prefix of all, then for each group its own prefix and its Examples' rests."""
+    examples = [example for group in groups for example in group]
+    segments: list[tuple[int, int, int, int]] = []  # Example, first and last token, parent
+    root = _prefix(examples, share)
+    if root:
+        segments.append((0, 0, root, -1))
+    leaves: list[int] = []
+    for group in groups:
+        prefix, parent = max(_prefix(group, share), root), 0 if root else -1
+        if prefix > root:
+            segments.append((len(leaves), root, prefix, parent))
+            parent = len(segments) - 1
+        for example in group:
+            segments.append((len(leaves), prefix, len(example.tokens), parent))
+            leaves.append(len(segments) - 1)
+    layout = Layout(
+        lengths=tuple(end - begin for _, begin, end, _ in segments), parents=tuple(parent for *_, parent in segments)
     )
+    scored = [np.flatnonzero(example.weights[1:]) + 1 for example in examples]
+    shifts = [layout.starts[leaf] - segments[leaf][1] - 1 for leaf in leaves]
+    return Batch(
+        tokens=_long([examples[place].tokens[begin:end] for place, begin, end, _ in segments]),
+        positions=_long([np.arange(begin, end) for _, begin, end, _ in segments]),
+        layout=layout,
+        index=_long([places + shift for places, shift in zip(scored, shifts, strict=True)]),
+        targets=_long([example.tokens[places] for example, places in zip(examples, scored, strict=True)]),
+        weights=_float([example.weights[places] for example, places in zip(examples, scored, strict=True)]),
+        owner=_long([np.full(len(places), place) for place, places in enumerate(scored)]),
+        ids=tuple(example.id for example in examples),
+        extra={
+            name: _float([example.extra[name][places] for example, places in zip(examples, scored, strict=True)])
+            for name in examples[0].extra
+        },
+    )
+
+
+def _prefix(examples: Sequence[Example], share: bool) -> int:
+    """Tokens to store once for all of `examples`."""
+    return common_prefix(examples) if share and len(examples) > 1 else 0
 
 
 def common_prefix(examples: Sequence[Example]) -> int:
@@ -92,8 +110,7 @@ def common_prefix(examples: Sequence[Example]) -> int:
     return shared if shared >= SHARE_FROM_TOKENS else 0
 
 
-def _extra(examples: Sequence[Example], name: str) -> torch.Tensor:
-    parts = [example.extra[name][np.flatnonzero(example.weights[1:]) + 1] for example in examples]
+def _float(parts: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.float32))
 
 

@@ -21,7 +21,6 @@ from .files import records
 from .layout import content_id, find_columns, to_messages, to_row
 
 BUILTIN = "builtin:"
-DEFAULT_BUILTIN_ROWS = 3000
 _QUESTION = ("prompt", "question", "query")
 
 
@@ -32,7 +31,7 @@ def read(source: str, spec: DataSpec) -> Iterator[Row]:
     """
     limit = spec.rows if source == spec.train else None
     if source.startswith(BUILTIN):
-        yield from tasks.builtin(source.removeprefix(BUILTIN), limit or DEFAULT_BUILTIN_ROWS, seed=0)
+        yield from tasks.builtin(source.removeprefix(BUILTIN), limit, seed=0)
         return
     yield from islice(_rows(source, spec), limit)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jinja2
@@ -44,6 +45,14 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, eos_i
         weights += [0.0] * (len(context) - len(tokens)) + [1.0] * len(answer)
         tokens = context + answer
     return [*examples, _example(tokens, weights, conversation, len(examples))]
+
+
+def render_last(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> Example:
+    """The conversation with its last answer as the only trained one. Raises DataError as render does."""
+    example = render(conversation, tokenizer, eos_ids)[-1]
+    last = int(np.flatnonzero(example.weights == 0)[-1])
+    weights = np.where(np.arange(len(example.weights)) > last, example.weights, 0).astype(np.float32)
+    return replace(example, weights=weights)
 
 
 def _rendered(conversation: Conversation, turn: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -2,30 +2,52 @@
 
 A row's place depends on its prompt and `data.seed` alone, so adding rows moves none of the old ones, and two machines
 agree. Rows with one prompt stay together, and near-duplicates follow the first of them in the file, so that the test
-set asks nothing that was trained.
+set asks nothing that was trained. Where a few prompts have many answers, the answers take the prompts' part.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Literal
+
+import numpy as np
 
 from ..errors import DataError, RecipeError
 from ..recipe import DataSpec
-from ..types import Row
+from ..types import Comparison, Row
 from .layout import content_id
 from .read import read
 from .similar import near_pairs
+from .store import Places, View, some, stored_rows
+
+Unit = Literal["prompt", "answer"]
+
+# With fewer prompts than this expected in a split, chance would leave it empty or with a few prompts' quirks.
+_FEWEST_PROMPTS = 5
+_USUAL_FRACTION = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Splits:
-    """Rows to train on, to choose with, and to judge by; each in an order that is a function of content and seed."""
+    """Rows to train on, to choose with, and to judge by; each in an order that is a function of content and seed.
 
-    train: tuple[Row, ...]
-    valid: tuple[Row, ...]
-    test: tuple[Row, ...]
+    `unit` says what no two splits may share: a prompt, or, where prompts are few, an answer's text.
+    """
+
+    train: Sequence[Row]
+    valid: Sequence[Row]
+    test: Sequence[Row]
+    unit: Unit = "prompt"
+
+    @property
+    def note(self) -> str:
+        """What the user should be told about the splitting; empty where it is the usual one."""
+        if self.unit == "prompt":
+            return ""
+        return "few prompts, many answers: no answer stands in two splits, prompts do"
 
 
 def split(rows: Iterable[Row], spec: DataSpec) -> Splits:
@@ -34,35 +56,55 @@ def split(rows: Iterable[Row], spec: DataSpec) -> Splits:
     A fraction of 0 gives an empty split. Raises DataError when a fraction or a file yields no row, RecipeError when the
     fractions leave nothing to train on.
     """
-    rows = list(rows)
+    rows = stored_rows(rows)
     valid_fraction = 0.0 if isinstance(spec.valid, str) else spec.valid
     test_fraction = 0.0 if isinstance(spec.test, str) else spec.test
     if valid_fraction + test_fraction >= 1:
         what = f"valid = {valid_fraction} and test = {test_fraction} leave nothing to train on"
         raise RecipeError(what, where="data", fix="Let them add up to less than 1.")
-    shares: list[list[Row]] = [[], [], []]
+    shares = array("q"), array("q"), array("q")
+    unit = unit_of(rows, spec)
     if valid_fraction or test_fraction:
-        leaders = clusters(rows, spec.near_duplicates)
-        for row, leader in zip(rows, leaders, strict=True):
-            draw = uniform(prompt_key(rows[leader]), spec.seed)
+        leaders = clusters(rows, spec.near_duplicates, unit)
+        for place, leader in enumerate(leaders):
+            draw = uniform(content_key(rows[leader], unit), spec.seed)
             # Test first: changing the size of the validation split leaves the test split as it is.
-            shares[2 if draw < test_fraction else 1 if draw < test_fraction + valid_fraction else 0].append(row)
+            shares[2 if draw < test_fraction else 1 if draw < test_fraction + valid_fraction else 0].append(place)
     else:
-        shares[0] = rows
-    train, valid, test = shares
+        shares[0].extend(range(len(rows)))
+    train, valid, test = (some(rows, share) for share in shares)
     _check_size(valid, "valid", valid_fraction, len(rows))
     _check_size(test, "test", test_fraction, len(rows))
     _check_size(train, "train", 1.0, len(rows))
     if isinstance(spec.valid, str):
-        valid = list(read(spec.valid, spec))
+        valid = stored_rows(read(spec.valid, spec))
     if isinstance(spec.test, str):
-        test = list(read(spec.test, spec))
-    return Splits(train=in_order(train, spec.seed), valid=in_order(valid, spec.seed), test=in_order(test, spec.seed))
+        test = stored_rows(read(spec.test, spec))
+    train, valid, test = (in_order(each, spec.seed) for each in (train, valid, test))
+    return Splits(train=train, valid=valid, test=test, unit=unit)
 
 
-def clusters(rows: Sequence[Row], threshold: float) -> list[int]:
-    """For each row the position of its cluster's first row; rows with one prompt or near-duplicates share a cluster."""
-    parent = list(range(len(rows)))
+def unit_of(rows: Sequence[Row], spec: DataSpec) -> Unit:
+    """What splits may not share: answers where few prompts have many, as in `conflicts: keep` and some comparisons."""
+    if spec.conflicts == "keep":
+        return "answer"
+    if not rows or not all(isinstance(row, Comparison) for row in rows):
+        return "prompt"
+    fractions = [each for each in (spec.valid, spec.test) if not isinstance(each, str) and each > 0]
+    known = Places()
+    for row in rows:
+        known[prompt_key(row)] = 0
+    prompts = len(known)
+    few = prompts < len(rows) and prompts * min(fractions, default=_USUAL_FRACTION) < _FEWEST_PROMPTS
+    return "answer" if few else "prompt"
+
+
+def clusters(rows: Sequence[Row], threshold: float, unit: Unit = "prompt") -> Sequence[int]:
+    """For each row the position of its cluster's first row.
+
+    Rows that share a prompt (`unit` answer: the text of an answer) and near-duplicates share a cluster.
+    """
+    parent = array("q", range(len(rows)))
 
     def root(index: int) -> int:
         while parent[index] != index:
@@ -74,12 +116,13 @@ def clusters(rows: Sequence[Row], threshold: float) -> list[int]:
         a, b = sorted((root(a), root(b)))
         parent[b] = a
 
-    first_of: dict[str, int] = {}
+    first_of = Places()
     for index, row in enumerate(rows):
-        join(first_of.setdefault(prompt_key(row), index), index)
+        for key in shared_keys(row, unit):
+            join(first_of.setdefault(key, index), index)
     for earlier, later in near_pairs(rows, threshold):
         join(earlier, later)
-    return [root(index) for index in range(len(rows))]
+    return array("q", map(root, range(len(rows))))
 
 
 def prompt_key(row: Row) -> str:
@@ -88,14 +131,30 @@ def prompt_key(row: Row) -> str:
     return content_id("prompt", asked) if any(text for _, text in asked) else row.id
 
 
+def shared_keys(row: Row, unit: Unit) -> tuple[str, ...]:
+    """Hashes of what a row may share with no row of another split: its prompt, or each of its answers."""
+    if unit == "prompt":
+        return (prompt_key(row),)
+    answers = (row.chosen, row.rejected) if isinstance(row, Comparison) else row.messages[-1:]
+    said = [(answer.content.strip(), answer.tool_calls) for answer in answers]
+    return tuple(content_id("answer", text, list(calls)) for text, calls in said if text or calls) or (row.id,)
+
+
+def content_key(row: Row, unit: Unit) -> str:
+    """A hash of all that `unit` names in a row, the same whichever answer was chosen: it decides the row's place."""
+    keys = shared_keys(row, unit)
+    return keys[0] if len(keys) == 1 else content_id(*sorted(keys))
+
+
 def uniform(key: str, seed: int) -> float:
     """A number in [0, 1) that depends on `key` and `seed` alone."""
     return int.from_bytes(blake2b(f"{seed}:{key}".encode(), digest_size=6).digest(), "big") / 2**48
 
 
-def in_order(rows: Iterable[Row], seed: int) -> tuple[Row, ...]:
+def in_order(rows: Sequence[Row], seed: int) -> View[Row]:
     """Rows sorted by a hash of their content and `seed`; equal rows keep the order they came in."""
-    return tuple(sorted(rows, key=lambda row: uniform(f"order:{row.id}", seed)))
+    keys = np.fromiter((uniform(f"order:{row.id}", seed) for row in rows), np.float64, len(rows))
+    return some(rows, np.argsort(keys, kind="stable"))
 
 
 def _check_size(rows: Sequence[Row], name: str, fraction: float, count: int) -> None:

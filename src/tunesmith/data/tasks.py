@@ -1,8 +1,11 @@
 """Demonstration tasks made at run time from tables that PyPI packages hold: real work, known answers, no download.
 
-    legal_citations   a case as people jot it down  -> its Bluebook citation      (reporters-db, courts-db)
-    icd10cm_chapters  a diagnosis as it is worded    -> title of its ICD-10-CM chapter (simple-icd-10-cm)
-    botocore_calls    what an AWS call does          -> service.method             (botocore)
+    legal_citations      a case as people jot it down   -> its Bluebook citation           (reporters-db, courts-db)
+    icd10cm_chapters     a diagnosis as it is worded    -> title of its ICD-10-CM chapter  (simple-icd-10-cm)
+    botocore_calls       what an AWS call does          -> service.method                  (botocore)
+    sentiment_pairs      a prompt                       -> a positive over a negative sentence  (sentiment.py)
+    sentiment_sentences  a prompt                       -> a positive or a negative sentence    (sentiment.py)
+    sentiment_labels     a sentence                     -> positive or negative                 (sentiment.py)
 
 Tables are real, cases are not: parties, volumes and pages are drawn. Rows depend only on the seed and the packages.
 """
@@ -22,29 +25,46 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import RecipeError
-from ..types import Conversation
+from ..types import Conversation, Row
 from .layout import content_id, plain_row
+from .sentiment import PARTS, sentiment_labels, sentiment_pairs, sentiment_sentences
 from .surnames import SURNAMES
 
 T = TypeVar("T")
 
-TASKS = ("legal_citations", "icd10cm_chapters", "botocore_calls")
+TASKS = (
+    *("legal_citations", "icd10cm_chapters", "botocore_calls"),
+    *("sentiment_pairs", "sentiment_sentences", "sentiment_labels"),
+)
+DEFAULT_ROWS = 3000
 
 
-def builtin(name: str, rows: int, seed: int) -> Iterator[Conversation]:
-    """At most `rows` rows of a built-in task. Raises RecipeError for an unknown name or a missing package."""
-    match name:
-        case "legal_citations":
-            return legal_citations(rows, seed)
-        case "icd10cm_chapters":
-            return icd10cm_chapters(rows, seed)
-        case "botocore_calls":
-            return botocore_calls(rows, seed)
+def builtin(name: str, rows: int | None, seed: int) -> Iterator[Row]:
+    """Rows of a built-in task, at most `rows` of them; unless given, 3000, or all of a sentiment task's part.
+
+    `sentiment_pairs/test` is the part test of that task, and without a slash its part train. Raises RecipeError for an
+    unknown name or a missing package, DataError where sentiment ratings can be neither found nor downloaded.
+    """
+    task, slash, part = name.partition("/")
+    match task if not slash or part in PARTS else "":
+        case "legal_citations" if not slash:
+            return legal_citations(rows or DEFAULT_ROWS, seed)
+        case "icd10cm_chapters" if not slash:
+            return icd10cm_chapters(rows or DEFAULT_ROWS, seed)
+        case "botocore_calls" if not slash:
+            return botocore_calls(rows or DEFAULT_ROWS, seed)
+        case "sentiment_pairs":
+            return sentiment_pairs(part or "train", rows, seed)
+        case "sentiment_sentences":
+            return sentiment_sentences(part or "train", rows, seed)
+        case "sentiment_labels":
+            return sentiment_labels(part or "train", rows, seed)
         case _:
             near = get_close_matches(name, TASKS, n=1, cutoff=0.3)
             guess = f"Did you mean builtin:{near[0]}? " if near else ""
             known = ", ".join(TASKS)
-            raise RecipeError(f"no built-in task {name!r}", where="data", fix=f"{guess}There are: {known}.")
+            parts = "The sentiment tasks have the parts NAME, NAME/valid and NAME/test."
+            raise RecipeError(f"no built-in task {name!r}", where="data", fix=f"{guess}There are: {known}. {parts}")
 
 
 # --- legal citations -------------------------------------------------------------------------------------------------

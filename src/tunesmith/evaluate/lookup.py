@@ -6,13 +6,13 @@ the answers. If always giving the commonest answer does, the metric is too easy.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int, UInt
 from scipy import sparse
 
+from ..data.store import digest, some
 from ..errors import DataError
 from ..types import Conversation, Item, Message
 
@@ -21,15 +21,17 @@ GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / 1.618..., odd
 BUCKETS = 1 << 20  # columns that n-grams are hashed into; collisions are rare and only blur
 LONGEST_TEXT_CHARACTERS = 4_000  # of a longer prompt the end is compared, where the question usually stands
 CHUNK_ROWS = 256
+MOST_ROWS = 50_000  # that a copied answer is looked for in: the vectors of all of them are in memory
 
 
 def nearest_neighbour(train: Sequence[Conversation], items: Sequence[Item]) -> list[str]:
     """For each item, the completion of the training row whose prompt is most similar; ties go to the earliest row.
 
     Similarity is the cosine of TF-IDF vectors (Salton and Buckley 1988) of character 3-, 4- and 5-grams, case folded.
-    Raises DataError without training rows.
+    Of more than MOST_ROWS rows a random sample of that many stands for all. Raises DataError without training rows.
     """
     _check(train)
+    train = _sample(train)
     counts = _count_grams([_text(row.prompt) for row in train])
     rows_with_gram = np.bincount(counts.indices, minlength=BUCKETS)
     rarity = np.log((1 + len(train)) / (1 + rows_with_gram)) + 1  # the +1 keeps n-grams that stand in every row
@@ -46,13 +48,22 @@ def nearest_neighbour(train: Sequence[Conversation], items: Sequence[Item]) -> l
 def majority(train: Sequence[Conversation], items: Sequence[Item]) -> list[str]:
     """The commonest training completion for every item; ties go to the one seen first. DataError without rows."""
     _check(train)
-    commonest = Counter(row.completion for row in train).most_common(1)[0][0]
-    return [commonest] * len(items)
+    keys = np.fromiter((digest(row.completion) for row in train), np.uint64, len(train))
+    _, first, counts = np.unique(keys, return_index=True, return_counts=True)
+    commonest = first[counts == counts.max()].min()
+    return [train[int(commonest)].completion] * len(items)
 
 
 def _check(train: Sequence[Conversation]) -> None:
     if not train:
         raise DataError("no training rows to look answers up in", fix="Check data.train and the ledger.")
+
+
+def _sample(rows: Sequence[Conversation]) -> Sequence[Conversation]:
+    """At most MOST_ROWS of the rows, in their order."""
+    if len(rows) <= MOST_ROWS:
+        return rows
+    return some(rows, np.sort(np.random.default_rng(0).choice(len(rows), MOST_ROWS, replace=False)))
 
 
 def _text(prompt: Sequence[Message]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..data.pack import pack_one
-from ..data.render import prompt_tokens, render
+from ..data.render import prompt_tokens, render, render_last
 from ..model.load import Model
 from ..model.sample import Sampling, sample
 from ..model.score import score
@@ -145,7 +145,4 @@ def _answered(model: Model, prompting: Prompting, item: Item, answer: str) -> Ex
         return render(text, model.tokenizer, model.eos_ids)[0]
     turns = (*prompting.messages(item), Message(role="assistant", content=answer))
     row = Conversation(messages=turns, id=f"{item.id}:{answer}", source=item.id, tools=item.tools)
-    example = render(row, model.tokenizer, model.eos_ids)[-1]
-    last = int(np.flatnonzero(example.weights == 0)[-1])
-    weights = np.where(np.arange(len(example.weights)) > last, example.weights, 0).astype(np.float32)
-    return Example(tokens=example.tokens, weights=weights, id=row.id)
+    return render_last(row, model.tokenizer, model.eos_ids)

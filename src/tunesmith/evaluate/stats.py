@@ -157,7 +157,7 @@ def decide(
     `tuned` and `prompted`, the two arms' own estimates, are only told in the reasons.
     """
     gain, gain_reasons = _judge_gain(contrast)
-    harm, harm_reason = _judge_forgetting(forgetting, forgetting_limit)
+    harm, harm_reason = judge_forgetting(forgetting, forgetting_limit)
     decision: Decision = "do not ship" if harm else gain
     return Verdict(decision=decision, reasons=(_compare(contrast, tuned, prompted), *gain_reasons, harm_reason))
 
@@ -261,7 +261,7 @@ def _what_would_show(contrast: Contrast) -> str:
     return f"With this spread, {_rows(difference.n)} show a true difference of {smallest} in 4 runs of 5."
 
 
-def _judge_forgetting(forgetting: Estimate | None, limit: float) -> tuple[bool, str]:
+def judge_forgetting(forgetting: Estimate | None, limit: float) -> tuple[bool, str]:
     """Whether harm is shown, and the sentence about it."""
     if forgetting is None:
         return False, "Forgetting was not measured."

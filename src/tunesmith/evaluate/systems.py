@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..data.render import prompt_tokens
+from ..data.store import some
 from ..types import Conversation, Item, Message
 
 Placement = Literal["system", "user"]
@@ -46,7 +47,7 @@ def candidates(
     instructions: str, shots: int, train: Sequence[Conversation], *, seed: int, allow_system: bool
 ) -> list[Prompting]:
     """Prompted arms to choose from on validation rows: placements of the instructions, numbers and draws of shots."""
-    train = [row for row in train if row.messages]  # plain text shows no question and answer
+    train = some(train, (place for place, row in enumerate(train) if row.messages))  # plain text asks nothing
     placements: list[Placement] = ["system", "user"] if allow_system else ["user"]
     found = [Prompting(name="instructed", instructions=instructions, placement=p) for p in placements if instructions]
     counts = sorted({count for count in (1, shots // 2 + 1, shots) if 0 < count <= min(shots, len(train))})

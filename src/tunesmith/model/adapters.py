@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,8 +19,18 @@ _PREFIX = "base_model.model."
 _BEYOND_PLAIN = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
 
 
-def save_adapter(model: Model, shape: LoraShape, out: Path) -> Path:
-    """Write the adapter as PEFT reads it (adapter_config.json, adapter_model.safetensors), with the tokenizer."""
+Beside = Callable[[Path], None]
+
+
+def nothing(folder: Path) -> None:
+    """Nothing beside the model."""
+
+
+def save_adapter(model: Model, shape: LoraShape, out: Path, beside: Beside = nothing) -> Path:
+    """Write the adapter as PEFT reads it (adapter_config.json, adapter_model.safetensors), with the tokenizer.
+
+    `beside` may write more into the folder before it takes its place.
+    """
     with written_aside(out) as folder:
         tensors = {}
         for name, layer in lora_layers(model.hf).items():
@@ -43,6 +54,7 @@ def save_adapter(model: Model, shape: LoraShape, out: Path) -> Path:
         }
         write_json(folder / "adapter_config.json", config)
         model.tokenizer.save_pretrained(folder)
+        beside(folder)
         write_manifest(folder)
     return out
 
@@ -83,10 +95,11 @@ def load_adapter(model: Model, folder: Path) -> LoraShape:
     return shape
 
 
-def save_model(model: Model, out: Path) -> Path:
+def save_model(model: Model, out: Path, beside: Beside = nothing) -> Path:
     """Write the whole model as a transformers folder: weights, config, generation config, tokenizer and template."""
     with written_aside(out) as folder:
         model.hf.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
+        beside(folder)
         write_manifest(folder)
     return out

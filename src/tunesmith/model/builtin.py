@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
-import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import FolderError, ModelError
-from ..folder import manifest_problem, sha256_file, storage_errors
+from ..folder import cache_folder, manifest_problem, sha256_file, storage_errors
 from .gguf import convert_gguf
 
 NAME = "smollm2-135m-instruct"
@@ -47,13 +46,6 @@ def builtin_model(name: str) -> Path | None:
                 with _gguf_file() as gguf:
                     convert_gguf(gguf, folder)
     return folder
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $TUNESMITH_CACHE, or tunesmith/ in the user's cache folder."""
-    if own := os.environ.get("TUNESMITH_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tunesmith"
 
 
 @contextmanager

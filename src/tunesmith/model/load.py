@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -30,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from ..errors import ModelError
-from ..folder import manifest_problem, sha256_file
+from ..folder import RunFolder, is_run_folder, manifest_problem, read_json, sha256_file
 from ..tensors import Layout
 from ..world import World
 from .attention import NAME, PackedAttention, register
@@ -38,6 +39,7 @@ from .builtin import builtin_model, cache_folder
 from .fused import use_fused
 from .gguf import convert_gguf
 from .linear import Linear, use_fast_linear
+from .merge import merge_files
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 _RUNS_CODE = {"auto_map", "trust_remote_code", "attn_implementation"}
@@ -112,7 +114,7 @@ class Model:
 
 
 def resolve(base: str) -> Path:
-    """The folder of a base model: a built-in name, a folder, a .gguf file, or a hub id fetched by transformers.
+    """The folder of a base model: a built-in name, a folder, a run, a .gguf file, or a hub id fetched by transformers.
 
     Raises ModelError when there is no such model, or its folder is not safe or not complete.
     """
@@ -124,6 +126,8 @@ def resolve(base: str) -> Path:
         if not path.is_file():
             raise ModelError("no such file", where=base, fix="Give the path of an existing .gguf file.")
         return _converted(path)
+    if is_run_folder(path):
+        return _of_run(RunFolder(path=path))
     if path.is_dir():
         return path
     if path.suffix or base.count("/") != 1 or base.startswith((".", "/")):
@@ -133,6 +137,22 @@ def resolve(base: str) -> Path:
             fix="Give a built-in name, a folder, a .gguf file or a hub id.",
         )
     return _from_hub(base)
+
+
+def _of_run(run: RunFolder) -> Path:
+    """What a finished run handed over, as a plain folder: its model, or its adapter merged once into its base."""
+    where, fix = str(run.path), "Finish that run with `tunesmith run`, or name another base."
+    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    if recipe.get("method") == "reward":
+        raise ModelError("a reward model gives scores, not answers", where=f"base: {where}", fix="Name it as reward:.")
+    if not run.results.is_file():
+        raise ModelError("the run has not finished", where=f"base: {where}", fix=fix)
+    if read_json(run.results).get("subject") == "full":
+        return run.model
+    merged = run.path / "merged"
+    if not merged.is_dir() or manifest_problem(merged, hashes=False):
+        merge_files(resolve(recipe["base"]), run.adapter, merged)
+    return merged
 
 
 def _converted(path: Path) -> Path:

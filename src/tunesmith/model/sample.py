@@ -237,6 +237,7 @@ def _inverse_cdf(probabilities: Tensor, draws: Tensor, top_p: float) -> Tensor:
     mass = ordered.cumsum(-1)
     place = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True)
     last = (ordered > 0).sum(-1, keepdim=True) - 1  # rounding may put a draw near 1 past the nucleus
+    last.clamp_(min=0)  # nothing is likely where probabilities are NaN; whoever reads the log-probability will see it
     return tokens.gather(1, place.minimum(last))[:, 0]
 
 

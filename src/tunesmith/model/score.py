@@ -7,31 +7,45 @@ d log p(t) / dh = W_t - sum_v softmax(z)_v W_v. The backward pass then only scal
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..tensors import Batch, Scores
+from ..tensors import Batch, Need, Scores
 from .attention import PackedAttention
 from .linear import product
 from .load import Model
+from .values import value_head
 
 TILE = 128
 WIDE_TILE = 1024
+LOG_PROBS: frozenset[Need] = frozenset({"log_probs"})
 
 
-def score(model: Model, batch: Batch) -> Scores:
-    """Log-probability in nats of each target of the batch."""
+def score(model: Model, batch: Batch, needs: Set[Need] = LOG_PROBS) -> Scores:
+    """What `needs` names: log-probability in nats of each target, and the scalar head's value where it is predicted."""
+    parts: dict[Need, Tensor] = {}
     if not model.packs:
-        return Scores(log_probs=_score_plainly(model, batch))
+        if "log_probs" in needs:
+            parts["log_probs"] = _score_plainly(model, batch)
+        if "values" in needs:
+            parts["values"] = _values(model, _hidden_plainly(model, batch))
+        return Scores(parts=parts)
     hidden = hidden_states(model, batch)
-    return Scores(log_probs=target_log_probs(hidden, model.head_weight, batch.targets))
+    if "log_probs" in needs:
+        parts["log_probs"] = target_log_probs(hidden, model.head_weight, batch.targets)
+    if "values" in needs:
+        parts["values"] = _values(model, hidden)
+    return Scores(parts=parts)
 
 
 def hidden_states(model: Model, batch: Batch) -> Float[Tensor, "S D"]:
-    """Final hidden state at each scored position of a packed batch."""
+    """Final hidden state at each scored position."""
+    if not model.packs:
+        return _hidden_plainly(model, batch)
     out = model.body(
         input_ids=batch.tokens[None],
         position_ids=batch.positions[None],
@@ -39,6 +53,10 @@ def hidden_states(model: Model, batch: Batch) -> Float[Tensor, "S D"]:
         attend=PackedAttention(batch.layout),
     )
     return out.last_hidden_state[0].index_select(0, batch.index)
+
+
+def _values(model: Model, hidden: Float[Tensor, "S D"]) -> Float[Tensor, "S"]:
+    return value_head(model.hf)(hidden.float())[:, 0]
 
 
 def target_log_probs(
@@ -99,12 +117,27 @@ def _tiles(rows: int, size: int) -> list[slice]:
 
 def _score_plainly(model: Model, batch: Batch) -> Tensor:
     """One segment at a time through the model's own forward: for architectures that cannot be packed."""
-    starts, parts = batch.layout.starts, []
-    for segment, (start, length) in enumerate(zip(starts, batch.layout.lengths, strict=True)):
-        mine = (batch.index >= start) & (batch.index < start + length)
-        if batch.layout.parents[segment] >= 0 or not bool(mine.any()):
-            continue
+    parts = []
+    for start, length, mine in _rows_alone(batch):
         logits = model.hf(batch.tokens[None, start : start + length], use_cache=False).logits[0]
         chosen = torch.log_softmax(logits[batch.index[mine] - start].float(), -1)
         parts.append(chosen.gather(1, batch.targets[mine, None])[:, 0])
     return torch.cat(parts)
+
+
+def _hidden_plainly(model: Model, batch: Batch) -> Tensor:
+    parts = []
+    for start, length, mine in _rows_alone(batch):
+        out = model.body(input_ids=batch.tokens[None, start : start + length], use_cache=False)
+        parts.append(out.last_hidden_state[0].index_select(0, batch.index[mine] - start))
+    return torch.cat(parts)
+
+
+def _rows_alone(batch: Batch) -> list[tuple[int, int, Tensor]]:
+    """Start, length and scored places of each segment that stands alone and scores something."""
+    rows = []
+    for segment, (start, length) in enumerate(zip(batch.layout.starts, batch.layout.lengths, strict=True)):
+        mine = (batch.index >= start) & (batch.index < start + length)
+        if batch.layout.parents[segment] < 0 and bool(mine.any()):
+            rows.append((start, length, mine))
+    return rows

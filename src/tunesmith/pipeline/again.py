@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def open_model(name: str, world: World, update: str = "") -> Model:
     if not is_run_folder(path):
         return load(name, world)
     folder, recipe = RunFolder(path=path), load_recipe(path / "recipe.yaml")
+    if recipe.method == "reward":
+        raise RecipeError("a reward model gives scores, not answers", where=name, fix="Name the run of a policy.")
     wanted = update or (read_json(folder.results)["subject"] if folder.results.is_file() else recipe.update[0])
     if wanted not in ("lora", "full", "base"):
         raise RecipeError(f"unknown update {wanted!r}", where="--update", fix="Choose lora, full or base.")
@@ -122,7 +125,7 @@ def _asked(console: Console) -> str:
         return ""
 
 
-def _rows(data: str, recipe: Recipe) -> tuple[Conversation, ...]:
+def _rows(data: str, recipe: Recipe) -> Sequence[Conversation]:
     spec = DataSpec(train=data, layout=recipe.data.layout, columns=recipe.data.columns)
     kept, _ = curate(Splits(train=(), valid=(), test=tuple(read(data, spec))), spec)
     return conversations(kept.test)

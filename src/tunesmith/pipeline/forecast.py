@@ -1,22 +1,47 @@
-"""`tunesmith plan`: everything that can be said before training, from the data and a dry run."""
+"""`tunesmith check` and `plan`: everything that can be said before training, from the data and a dry run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from ..errors import RecipeError
 from ..evaluate.metrics import is_binary
 from ..evaluate.stats import smallest_difference
 from ..methods.sft import CrossEntropy
-from ..model.load import load, load_vocabulary
+from ..model.load import Vocabulary, load, load_vocabulary
 from ..recipe import Recipe
 from ..screen import Screen
 from ..train.meter import machine
 from ..train.plan import derive, predict
+from ..types import Example, LedgerEntry
 from ..world import World
+from .pairs import prepare_pairs
 from .prepare import prepare
+from .prompts import prepare_prompts
 from .tune import attach, steps_of
+
+
+def trained_rows(
+    recipe: Recipe, vocabulary: Vocabulary, screen: Screen
+) -> tuple[Sequence[Example], Sequence[LedgerEntry]]:
+    """What a method trains on, as far as it is known before (ppo and grpo draw their own answers), and the ledger."""
+    if recipe.method == "sft":
+        data = prepare(recipe, vocabulary, screen)
+        return data.train, data.ledger
+    if recipe.method in ("reward", "dpo"):
+        pairs = prepare_pairs(recipe, vocabulary, screen)
+        return [example for group in pairs.groups["train"] for example in group], pairs.ledger
+    prompts = prepare_prompts(recipe, vocabulary, screen)
+    return prompts.examples, prompts.ledger
 
 
 def forecast(recipe: Recipe, world: World, screen: Screen) -> None:
     """Print derived values with reasons, predicted cost of each update, and what the test rows can show."""
+    if recipe.method != "sft":
+        what = f"a run with method {recipe.method} prints its plan when its first steps have been timed"
+        raise RecipeError(
+            what, where="method", fix="Start it with `tunesmith run`; stop it with Ctrl-C if it is too much."
+        )
     facts = machine(world.device)
     memory = f"{float(str(facts['memory_bytes'])) / 1e9:.0f} GB"
     screen.stage("Machine", f"{facts['device']}, {facts['threads']} threads, {memory}")

@@ -1,25 +1,34 @@
-"""Rows become training examples and held-out questions; whatever happens to a row on the way is in the ledger."""
+"""Rows become training examples and held-out questions; whatever happens to a row on the way is in the ledger.
+
+Rows, examples and ledger stay on disk (data/store.py) and are read one at a time, so a file may be larger than memory.
+"""
 
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
+from jaxtyping import Int
 
 from ..data.curate import SPLITS, Census, census, curate, drop_overlong
+from ..data.layout import is_prompt_only
 from ..data.read import items, read
 from ..data.render import render
-from ..data.split import Splits, split
+from ..data.similar import MANY_ROWS, MOST_COMPARED
+from ..data.split import split
+from ..data.store import View, join, some, stored_examples
 from ..errors import DataError, RecipeError
+from ..evaluate.lookup import MOST_ROWS
 from ..folder import sha256_file
 from ..model.load import Vocabulary
 from ..recipe import DataSpec, Recipe, TaskSpec
 from ..screen import Screen
-from ..types import Conversation, Example, Item, LedgerEntry
+from ..types import Conversation, Example, Item, LedgerEntry, Row
 
 ANSWER_ROOM = 1.25
 
@@ -28,69 +37,86 @@ ANSWER_ROOM = 1.25
 class Prepared:
     """All that the run reads: rows and their tokens, and the count of what was left out."""
 
-    rows: tuple[Conversation, ...]
-    train: tuple[Example, ...]
-    valid: tuple[Example, ...]
-    valid_items: tuple[Item, ...]
-    test_items: tuple[Item, ...]
+    rows: Sequence[Conversation]
+    train: Sequence[Example]
+    valid: Sequence[Example]
+    valid_items: Sequence[Item]
+    test_items: Sequence[Item]
     max_new_tokens: int
     census: Census
-    ledger: tuple[LedgerEntry, ...]
+    ledger: Sequence[LedgerEntry]
 
     @property
     def counts(self) -> dict[str, Any]:
         """`data` and `census` of results.json."""
         total = self.census.total
         sizes = {"train": len(self.rows), "valid": len(self.valid_items), "test": len(self.test_items)}
-        tokens = [len(example.tokens) for example in self.train]
+        tokens = lengths_tokens(self.train)
         spread = {f"p{share}": float(np.percentile(tokens, share)) for share in (5, 50, 95)}
         return {
             "data": {
                 **sizes,
                 "dropped": total.read - total.kept,
-                "train_tokens": sum(tokens),
+                "train_tokens": int(tokens.sum()),
                 "tokens_per_row": spread,
             },
             "census": asdict(total),
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """One split's rows and their examples, `parts[i]` of row i, in order."""
+
+    rows: Sequence[Conversation]
+    examples: Sequence[Example]
+    parts: Int[np.ndarray, "rows"]
+    longest_answer_tokens: int
+
+
 def prepare(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> Prepared:
     """Read, curate, split and render. Raises DataError that names file and line."""
     spec = recipe.data
     whole = split(read(spec.train, spec), spec)
+    if whole.note:
+        screen.line(whole.note)
     kept, ledger = curate(whole, spec)
     limit = min(spec.max_tokens or vocabulary.context_tokens, vocabulary.context_tokens)
-    rows: dict[str, tuple[Conversation, ...]] = {}
-    examples: dict[str, list[list[Example]]] = {}
+    found: dict[str, Rendered] = {}
     for name in SPLITS:
-        found = conversations(getattr(kept, name))
-        rows[name], examples[name], entries = _rendered(found, vocabulary, limit, spec)
-        ledger += entries
-    counted = census(whole, Splits(**rows), ledger)
-    train = tuple(example for parts in examples["train"] for example in parts)
-    check_trained(train, vocabulary)
+        found[name], entries = _rendered(conversations(getattr(kept, name)), vocabulary, limit, spec)
+        ledger.extend(entries)
+    train, valid, test = (found[name] for name in SPLITS)
+    counted = census(whole, replace(whole, train=train.rows, valid=valid.rows, test=test.rows), ledger)
+    check_trained(train.examples, vocabulary)
     valid_rows = recipe.evaluate.valid_rows
-    seen = zip(rows["train"] + rows["valid"], examples["train"] + examples["valid"], strict=True)
-    answers = [parts[-1] for row, parts in seen if row.prompt]
+    longest = max(train.longest_answer_tokens, valid.longest_answer_tokens)
     prepared = Prepared(
-        rows=rows["train"],
-        train=train,
-        valid=tuple(example for parts in examples["valid"][:valid_rows] for example in parts),
-        valid_items=questions(rows["valid"][:valid_rows], recipe.task),
-        test_items=questions(rows["test"][: recipe.evaluate.rows], recipe.task),
-        max_new_tokens=recipe.task.max_new_tokens or answer_room(answers),
+        rows=train.rows,
+        train=train.examples,
+        valid=valid.examples[: int(valid.parts[:valid_rows].sum())],
+        valid_items=questions(valid.rows[:valid_rows], recipe.task),
+        test_items=questions(test.rows[: recipe.evaluate.rows], recipe.task),
+        max_new_tokens=recipe.task.max_new_tokens or answer_room(longest),
         census=counted,
-        ledger=tuple(ledger),
+        ledger=ledger,
     )
     _show(prepared, screen)
+    if counted.total.read > MANY_ROWS and spec.near_duplicates < 1:
+        compared = f"a row is compared with the {MOST_COMPARED} look-alikes before it in each hash band"
+        screen.line(f"over {MANY_ROWS:,} rows: {compared}, so some near-duplicates may stay")
     return prepared
 
 
-def questions(rows: Sequence[Conversation], task: TaskSpec) -> tuple[Item, ...]:
+def questions(rows: Sequence[Conversation], task: TaskSpec) -> Sequence[Item]:
     """Held-out rows as questions with their choices. Raises DataError naming a row that the metrics cannot grade."""
     metrics = {task.metric, *task.also}
-    found = [replace(item, choices=item.choices or tuple(task.choices or ())) for item in items(rows)]
+
+    def question(place: int) -> Item:
+        (item,) = items([rows[place]])
+        return replace(item, choices=item.choices or tuple(task.choices or ()))
+
+    found = View(question, range(len(rows)))
     for row, item in zip(rows, found, strict=True):
         if not item.prompt and metrics != {"completion_loss"}:
             wrong = min(metrics - {"completion_loss"})
@@ -104,7 +130,7 @@ def questions(rows: Sequence[Conversation], task: TaskSpec) -> tuple[Item, ...]:
             )
             fix = "Set task.choices to the closed list of answers, spelled as in the data."
             raise DataError(f"{what}, which metric choice_accuracy needs", where=row.source, fix=fix)
-    return tuple(found)
+    return found
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
@@ -139,34 +165,59 @@ def check_trained(examples: Sequence[Example], vocabulary: Vocabulary) -> None:
 
 def _rendered(
     rows: Sequence[Conversation], vocabulary: Vocabulary, limit: int, spec: DataSpec
-) -> tuple[tuple[Any, ...], list[list[Example]], list[LedgerEntry]]:
-    """Rows within the limit, their examples, and ledger entries of the others."""
-    if not rows:
-        return (), [], []
-    examples = {row.id: render(row, vocabulary.tokenizer, vocabulary.eos_ids) for row in rows}
-    lengths = [max(len(example.tokens) for example in examples[row.id]) for row in rows]
+) -> tuple[Rendered, Sequence[LedgerEntry]]:
+    """Rows within the limit with their examples, and ledger entries of the others."""
+    examples = stored_examples()
+    parts, lengths, answers = array("i"), array("i"), array("i")
+    for row in rows:
+        made = render(row, vocabulary.tokenizer, vocabulary.eos_ids)
+        examples.extend(made)
+        parts.append(len(made))
+        lengths.append(max(len(example.tokens) for example in made))
+        answers.append(answer_tokens(made[-1]) if row.prompt else 0)
     kept, entries = drop_overlong(rows, lengths, limit, spec.overlong)
-    return kept, [examples[row.id] for row in kept], list(entries)
+    fits = np.array(lengths) <= limit
+    found = Rendered(
+        rows=kept,
+        examples=some(examples, np.flatnonzero(np.repeat(fits, parts))),
+        parts=np.array(parts)[fits],
+        longest_answer_tokens=int(np.array(answers)[fits].max(initial=0)),
+    )
+    return found, entries
 
 
-def conversations(rows: Sequence[object]) -> tuple[Conversation, ...]:
-    """Rows that supervised tuning can use. Raises RecipeError for preference pairs."""
-    found = tuple(row for row in rows if isinstance(row, Conversation))
-    if len(found) != len(rows):
+def conversations(rows: Sequence[Row]) -> Sequence[Conversation]:
+    """Rows that supervised tuning can use. Raises RecipeError for preference pairs, DataError for prompts alone."""
+    if not _all_conversations(rows):
         raise RecipeError(
             "these rows are preference pairs, and method sft imitates single answers",
             where="method",
             fix="Give prompt and completion columns.",
         )
-    return found
+    silent = next((row for row in rows if is_prompt_only(row)), None)
+    if silent is not None:
+        fix = "Give a completion column, or let a policy write the answers (method ppo or grpo)."
+        raise DataError("the row has a prompt and no answer to imitate", where=silent.source, fix=fix)
+    return rows
 
 
-def answer_room(answers: Sequence[Example]) -> int:
-    """Tokens of the longest answer, end of turn included, and a quarter more, as a multiple of 8."""
-    longest = max(
-        (len(answer.tokens) - 1 - int(np.flatnonzero(answer.weights == 0)[-1]) for answer in answers), default=1
-    )
-    return 8 * math.ceil(longest * ANSWER_ROOM / 8)
+def _all_conversations(rows: Sequence[Row]) -> TypeGuard[Sequence[Conversation]]:
+    return all(isinstance(row, Conversation) for row in rows)
+
+
+def answer_tokens(example: Example) -> int:
+    """Tokens of the last answer, end of turn included."""
+    return len(example.tokens) - 1 - int(np.flatnonzero(example.weights == 0)[-1])
+
+
+def answer_room(longest_tokens: int) -> int:
+    """The longest answer and a quarter more, as a multiple of 8; 8 where there is no answer."""
+    return 8 * math.ceil(max(1, longest_tokens) * ANSWER_ROOM / 8)
+
+
+def lengths_tokens(examples: Sequence[Example]) -> Int[np.ndarray, "examples"]:
+    """The length of each example."""
+    return np.fromiter((len(example.tokens) for example in examples), np.int64, len(examples))
 
 
 def _show(prepared: Prepared, screen: Screen) -> None:
@@ -176,11 +227,13 @@ def _show(prepared: Prepared, screen: Screen) -> None:
         flags = ", ".join(f"{n} {reason}" for reason, n in count.flagged.items()) or "none"
         rows.append([name, str(count.read), str(count.kept), left_out, flags])
     screen.table(["split", "read", "kept", "left out", "flagged"], rows)
-    tokens = [len(example.tokens) for example in prepared.train]
+    tokens = lengths_tokens(prepared.train)
     trained = sum(int((example.weights > 0).sum()) for example in prepared.train)
-    asks = any(item.prompt for item in (*prepared.valid_items, *prepared.test_items))
+    asks = any(item.prompt for item in join(prepared.valid_items, prepared.test_items))
     screen.line(
-        f"{sum(tokens):,} training tokens, {trained:,} of them trained; {np.percentile(tokens, 5):.0f} to "
+        f"{tokens.sum():,} training tokens, {trained:,} of them trained; {np.percentile(tokens, 5):.0f} to "
         f"{np.percentile(tokens, 95):.0f} tokens a row"
         + (f"; answers up to {prepared.max_new_tokens} tokens" if asks else "")
     )
+    if len(prepared.rows) > MOST_ROWS:
+        screen.line(f"the nearest-neighbour baseline copies from {MOST_ROWS:,} of the {len(prepared.rows):,} rows")

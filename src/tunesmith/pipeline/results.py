@@ -37,7 +37,7 @@ def conclude(recipe: Recipe, found: Findings) -> dict[str, Any]:
     """The content of results.json."""
     level, seed, metric = recipe.evaluate.level, recipe.evaluate.seed, recipe.task.metric
     contrasts = _contrasts(recipe, found)
-    lost = {arm: _forgetting(recipe, measured) for arm, measured in found.forgetting.items()}
+    lost = {arm: lost_ability(recipe, measured) for arm, measured in found.forgetting.items()}
     arms = {
         name: _arm(measurement, found.trained.get(name), level, seed)
         for name, measurement in found.measurements.items()
@@ -104,7 +104,7 @@ def _arm(measurement: Measurement, train: Mapping[str, Any] | None, level: float
     return {**arm, "train": {key: value for key, value in train.items() if key != "predicted"}} if train else arm
 
 
-def _forgetting(recipe: Recipe, found: Forgetting) -> dict[str, Any]:
+def lost_ability(recipe: Recipe, found: Forgetting) -> dict[str, Any]:
     level, seed = recipe.evaluate.level, recipe.evaluate.seed
 
     def beside(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray) -> dict[str, Any]:

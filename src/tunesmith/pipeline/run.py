@@ -8,30 +8,32 @@ Each stage leaves its result in the run folder, so the same command goes on wher
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..data.read import read_choices
-from ..errors import FolderError, RecipeError
 from ..evaluate.forgetting import Forgetting, Remembered, forgotten, remember
 from ..evaluate.metrics import find_metric, higher_is_better
 from ..evaluate.systems import Prompting
-from ..folder import RunFolder, is_run_folder, locked, only_begun, open_run, read_json, write_json, write_jsonl
-from ..model.load import Model, load
+from ..folder import RunFolder, write_json
+from ..model.load import Model
 from ..model.sample import Sampling
-from ..recipe import Recipe, Update, dump_recipe
+from ..recipe import Recipe, Update
 from ..report.page import write_report
 from ..screen import Screen
 from ..train.meter import machine
 from ..types import Item, Measurement
 from ..world import World
 from .arms import Asking, Selected, ask, look_up, select_prompts
+from .begin import Place, finished, load_base, needs_held_out, opened
+from .choices import learn_from_choices
 from .forecast import what_rows_show
-from .prepare import Prepared, fingerprints, prepare
+from .policy import learn_from_rewards
+from .prepare import Prepared, prepare
 from .results import Findings, conclude
+from .reward import learn_reward
 from .tune import Material, tune
 
 
@@ -82,56 +84,48 @@ def run(
     world, screen = world or World(), screen or Screen(quiet=True)
     started = time.monotonic()
     folder = RunFolder(path=Path(recipe.out or "runs/run"))
-    if _finished(folder, recipe, world):
+    if finished(folder, recipe, world):
         screen.line(f"{folder.path} is finished; to run again, delete it or choose another `out`")
         return folder
-    job, base = _read(recipe, world, screen, root)
-    with _opened(folder, job):
-        before = _baselines(job, base, folder) if world.leads else None
-        del base
-        world.barrier()
-        after = {update: _tuned(job, update, folder, before) for update in recipe.update}
-        if before:
-            screen.stage("Verdict")
-            found = _findings(job, before, after, seconds=time.monotonic() - started)
-            write_json(folder.results, conclude(recipe, found))
-            write_report(folder.path)
-        world.barrier()
+    place = Place(recipe=recipe, folder=folder, root=root, world=world, screen=screen, started=started)
+    match recipe.method:
+        case "sft":
+            _supervised(place)
+        case "reward":
+            learn_reward(place)
+        case "dpo":
+            learn_from_choices(place)
+        case "ppo" | "grpo":
+            learn_from_rewards(place)
+    if world.leads:
+        write_report(folder.path)
+    world.barrier()
     return folder
 
 
-def _finished(folder: RunFolder, recipe: Recipe, world: World) -> bool:
-    """Whether the folder already holds this run's results. Raises FolderError for one that is not this recipe's."""
-    if not is_run_folder(folder.path):
-        return False
-    if world.leads:
-        open_run(folder.path, dump_recipe(recipe))
-    world.barrier()
-    if folder.plan.is_file() and not only_begun(folder):
-        began, now = read_json(folder.plan).get("files", {}), fingerprints(recipe)
-        changed = [key for key, digest in now.items() if began.get(key, digest) != digest]
-        if changed:
-            what = f"the file of {changed[0]} has changed since this run began"
-            raise FolderError(what, where=str(folder.path), fix="Choose another `out`, or delete this folder.")
-    return folder.results.is_file()
+def _supervised(place: Place) -> None:
+    """Imitate examples, and compare with the base model and its best prompts."""
+    job, base = _read(place)
+    world, folder = place.world, place.folder
+    with opened(place, job.data.ledger, _facts(job)):
+        before = _baselines(job, base, folder) if world.leads else None
+        del base
+        world.barrier()
+        after = {update: _tuned(job, update, folder, before) for update in place.recipe.update}
+        if before:
+            place.screen.stage("Verdict")
+            found = _findings(job, before, after, seconds=time.monotonic() - place.started)
+            write_json(folder.results, conclude(place.recipe, found))
+        world.barrier()
 
 
-def _read(recipe: Recipe, world: World, screen: Screen, root: Path) -> tuple[Job, Model]:
+def _read(place: Place) -> tuple[Job, Model]:
     """Everything that can be wrong with the recipe, its files or its base shows here, before a folder is made."""
-    if recipe.method != "sft":
-        raise RecipeError(f"method {recipe.method} is not built yet", where="method", fix="Use method: sft.")
-    for name in ("valid", "test"):
-        if not getattr(recipe.data, name):
-            use = "prompts and weights are chosen" if name == "valid" else "the result is judged"
-            raise RecipeError(f"{use} on {name} rows", where=f"data.{name}", fix="Give a fraction above 0, or a file.")
+    recipe, world, screen, root = place.recipe, place.world, place.screen, place.root
+    needs_held_out(recipe)
     grades = {name: find_metric(name, recipe.task, root) for name in [recipe.task.metric, *recipe.task.also]}
     retention = read_choices(recipe.evaluate.retention) if recipe.evaluate.retention else []
-    screen.stage("Base model", recipe.base)
-    base = load(recipe.base, world)
-    for note in base.notes:
-        screen.warn(note)
-    size = f"{base.parameters / 1e6:,.0f} M parameters" if base.parameters > 1e6 else f"{base.parameters:,} parameters"
-    screen.line(f"{size}, context {base.vocabulary.context_tokens:,} tokens, {world.device}")
+    base = load_base(recipe, world, screen)
     screen.stage("Data", recipe.data.train)
     data = prepare(recipe, base.vocabulary, screen)
     screen.line(what_rows_show(recipe, len(data.test_items))[1])
@@ -141,29 +135,9 @@ def _read(recipe: Recipe, world: World, screen: Screen, root: Path) -> tuple[Job
     return job, base
 
 
-@contextmanager
-def _opened(folder: RunFolder, job: Job) -> Iterator[None]:
-    """The run folder, held alone by the first rank, with ledger and plan."""
-    if not job.world.leads:
-        job.world.barrier()
-        yield
-        return
-    open_run(folder.path, dump_recipe(job.recipe))
-    with locked(folder):
-        write_jsonl(folder.ledger, job.data.ledger)
-        if only_begun(folder) or not folder.plan.is_file():
-            plan = {
-                "machine": machine(job.world.device),
-                "derived": [],
-                "arms": {},
-                "smallest_difference": _smallest_difference(job),
-                "max_new_tokens": job.asking.how.max_new_tokens,
-                "root": job.root.resolve(),
-                "files": fingerprints(job.recipe),
-            }
-            write_json(folder.plan, plan)
-        job.world.barrier()
-        yield
+def _facts(job: Job) -> dict[str, Any]:
+    """What plan.json says of answering questions."""
+    return {"smallest_difference": _smallest_difference(job), "max_new_tokens": job.asking.how.max_new_tokens}
 
 
 def _baselines(job: Job, base: Model, folder: RunFolder) -> Before:

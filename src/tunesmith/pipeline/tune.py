@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..evaluate.measure import example_losses, measure
 from ..evaluate.systems import Prompting
-from ..folder import RunFolder, append_jsonl, read_json, read_jsonl, rename_file, write_json, write_jsonl
+from ..folder import RunFolder, read_json, write_json
 from ..methods.sft import CrossEntropy, SftSteps
 from ..model.adapters import load_adapter, save_adapter, save_model
 from ..model.load import Model, load
@@ -19,14 +19,14 @@ from ..model.lora import LoraShape, attach_lora
 from ..model.sample import Sampling
 from ..recipe import Recipe, Update
 from ..screen import Screen
-from ..train.checkpoint import load_weights, save_weights, trainable
-from ..train.fit import StepDone, fit
-from ..train.interrupt import graceful
+from ..tensors import Loss, StepSource
+from ..train.checkpoint import load_weights, trainable
 from ..train.meter import peak_memory_bytes, release_memory, reset_peak_memory
 from ..train.optim import Optimization
 from ..train.plan import Prediction, Settings, derive, flops, predict
 from ..types import Example, Grade, Item
 from ..world import World
+from .loop import Outcome, Undertaking, best_weights, carry_out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,33 +68,19 @@ def tune(
     settings = derive(recipe, update, model, material.train)
     shape = attach(recipe, update, model, settings)
     source = steps_of(recipe, settings, material.train, model, world)
-    prediction = _planned(folder, update, settings, source, model, material, screen, world)
+    sizes = [len(example.tokens) for example in material.train]
+    prediction = planned(folder, update, update, settings, source, CrossEntropy(), model, sizes, screen, world)
     reset_peak_memory()
-    done, history = _train(recipe, update, model, settings, source, material, folder, world, screen)
-    peak = peak_memory_bytes(world.device)
-    best = min(history, key=lambda line: line["valid_loss"])
-    load_weights(model.hf, _best(folder, update))
-    train = {
-        "seconds": done.seconds,
-        "tokens": done.tokens,
-        "steps": done.step,
-        "best_step": best["step"],
-        "flops": flops(model, update, [len(e.tokens) for e in material.train], done.step * settings.batch),
-        "peak_memory_bytes": peak,
-        "trainable_parameters": sum(p.numel() for p in trainable(model.hf).values()),
-        "learning_rate": settings.learning_rate,
-        "checkpoint_bytes": _best(folder, update).stat().st_size,
-        "valid_loss": best["valid_loss"],
-        "predicted": asdict(prediction),
-    }
+    outcome = _train(recipe, update, model, settings, source, material, folder, world, screen)
+    train = account(folder, update, update, model, settings, outcome, sizes, prediction, world)
     if world.leads:
         if update == "lora":
             save_adapter(model, shape, target)
         else:
             save_model(model, target)
-        write_json(record, {"train": train, "valid_metric": best["valid_metric"]})
+        write_json(record, {"train": train, "valid_metric": outcome.best["valid_metric"]})
     world.barrier()
-    return Tuned(model=model, train=train, valid_metric=best["valid_metric"])
+    return Tuned(model=model, train=train, valid_metric=outcome.best["valid_metric"])
 
 
 def attach(recipe: Recipe, update: Update, model: Model, settings: Settings) -> LoraShape:
@@ -120,34 +106,75 @@ def steps_of(recipe: Recipe, settings: Settings, examples: Sequence[Example], mo
     )
 
 
-def _planned(
+def planned(
     folder: RunFolder,
+    name: str,
     update: Update,
     settings: Settings,
-    source: SftSteps,
+    source: StepSource,
+    loss: Loss,
     model: Model,
-    material: Material,
+    sizes: Sequence[int],
     screen: Screen,
     world: World,
 ) -> Prediction:
-    """The prediction of this update, made once and kept in plan.json; shown with the derived values."""
+    """The prediction for one model, made once and kept in plan.json; shown with the derived values."""
     plan = read_json(folder.plan)
-    if update not in plan["arms"]:
-        sizes = [len(example.tokens) for example in material.train]
-        prediction = predict(model, source, CrossEntropy(), update, sizes, settings.batch)
+    if name not in plan["arms"]:
+        prediction = predict(model, source, loss, update, sizes, settings.batch)
         tokens = sum(sizes) / len(sizes) * source.steps * settings.batch
-        plan["arms"][update] = {"steps": source.steps, "tokens": int(tokens), "predicted": asdict(prediction)}
+        plan["arms"][name] = {"steps": source.steps, "tokens": int(tokens), "predicted": asdict(prediction)}
         known = {line["key"] for line in plan["derived"]}
         plan["derived"] += [asdict(line) for line in settings.derived if line.key not in known]
         if world.leads:
             write_json(folder.plan, plan)
-    prediction = Prediction(**plan["arms"][update]["predicted"])
+    prediction = Prediction(**plan["arms"][name]["predicted"])
     screen.derived(settings.derived)
     screen.line(
         f"plan: {source.steps} steps, about {prediction.seconds:.0f} s, "
         f"{prediction.peak_memory_bytes / 1e9:.1f} GB at the peak, {prediction.flops:.2g} FLOPs"
     )
     return prediction
+
+
+def account(
+    folder: RunFolder,
+    name: str,
+    update: Update,
+    model: Model,
+    settings: Settings,
+    outcome: Outcome,
+    sizes: Sequence[int],
+    prediction: Prediction,
+    world: World,
+) -> dict[str, Any]:
+    """What training took (`train` in results.json); the best weights are put into the model."""
+    peak = peak_memory_bytes(world.device)
+    load_weights(model.hf, best_weights(folder, name))
+    return {
+        "seconds": outcome.done.seconds,
+        "tokens": outcome.done.tokens,
+        "steps": outcome.done.step,
+        "best_step": outcome.best["step"],
+        "flops": flops(model, update, sizes, outcome.done.step * settings.batch),
+        "peak_memory_bytes": peak,
+        "trainable_parameters": sum(p.numel() for p in trainable(model.hf).values()),
+        "learning_rate": settings.learning_rate,
+        "checkpoint_bytes": best_weights(folder, name).stat().st_size,
+        "valid_loss": outcome.best.get("valid_loss"),
+        "predicted": asdict(prediction),
+    }
+
+
+def optimization(recipe: Recipe, settings: Settings) -> Optimization:
+    """How weights are moved, as the recipe and the plan have it."""
+    return Optimization(
+        learning_rate=settings.learning_rate,
+        warmup=recipe.train.warmup,
+        schedule=recipe.train.schedule,
+        weight_decay=recipe.train.weight_decay,
+        clip=recipe.train.clip,
+    )
 
 
 def _train(
@@ -160,46 +187,26 @@ def _train(
     folder: RunFolder,
     world: World,
     screen: Screen,
-) -> tuple[StepDone, list[dict[str, float]]]:
-    """The loop with validation: keeps the weights of the lowest validation loss, stops when it no longer falls."""
-    how = Optimization(
-        learning_rate=settings.learning_rate,
-        warmup=recipe.train.warmup,
-        schedule=recipe.train.schedule,
-        weight_decay=recipe.train.weight_decay,
-        clip=recipe.train.clip,
+) -> Outcome:
+    def describe(line: Mapping[str, float]) -> str:
+        return f"validation loss {line['valid_loss']:.4f}, {material.metric} {line['valid_metric']:.3f}"
+
+    work = Undertaking(
+        name=update,
+        model=model,
+        source=source,
+        loss=CrossEntropy(),
+        how=optimization(recipe, settings),
+        watch=lambda step: _validate(update, model, material, world),
+        decides="valid_loss",
+        describe=describe,
+        evaluations=recipe.train.evaluations,
+        patience=recipe.train.patience,
     )
-    looks = {math.ceil(source.steps * (n + 1) / recipe.train.evaluations) for n in range(recipe.train.evaluations)}
-    checkpoints = folder.checkpoints / update
-    history: list[dict[str, float]] | None = None
-    done: StepDone | None = None
-    with screen.progress(f"{update}: training", source.steps) as tick, graceful(screen.warn) as stop:
-        for done in fit(model, source, CrossEntropy(), how, checkpoints, world, stop=stop):
-            if history is None:
-                history = _history(folder, update, before=done.step, leads=world.leads)
-            _announce(done, screen)
-            if world.leads:
-                append_jsonl(folder.metrics, _step_line(update, done))
-            tick(
-                done.step,
-                f"loss {done.loss:.3f}  {done.tokens_per_second:.0f} tokens/s  {done.memory_bytes / 1e9:.1f} GB",
-            )
-            if done.step in looks:
-                line = _validate(update, done.step, model, material, world)
-                history.append(line)
-                _keep_if_best(folder, update, model, history, world)
-                found = f"validation loss {line['valid_loss']:.4f}, {material.metric} {line['valid_metric']:.3f}"
-                screen.line(f"step {done.step}: {found}")
-                if _worse_for(history) >= recipe.train.patience:
-                    screen.line(f"stopped early: no better validation loss for {recipe.train.patience} evaluations")
-                    break
-    if done is None:
-        return _last_step(folder, update), _history(folder, update, before=source.steps + 1, leads=world.leads)
-    assert history
-    return done, history
+    return carry_out(work, folder, world, screen)
 
 
-def _validate(update: Update, step: int, model: Model, material: Material, world: World) -> dict[str, float]:
+def _validate(update: Update, model: Model, material: Material, world: World) -> dict[str, float]:
     """Validation loss per token and mean metric; measured on the first rank, known to all."""
     loss = metric = 0.0
     release_memory()  # the training step's memory, free now, is cut in pieces that fit no other shape
@@ -212,71 +219,7 @@ def _validate(update: Update, step: int, model: Model, material: Material, world
         metric = float(np.mean(answers.scores[material.metric]))
     release_memory()
     loss, metric = world.sum([loss, metric])
-    return {"step": step, "valid_loss": loss, "valid_metric": metric}
-
-
-def _keep_if_best(
-    folder: RunFolder, update: Update, model: Model, history: list[dict[str, float]], world: World
-) -> None:
-    """Keep the weights if this evaluation is the best; then write its line, so that a kill between repeats both."""
-    if not world.leads:
-        return
-    if _worse_for(history) == 0:
-        path = _best(folder, update)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".tmp")
-        save_weights(model.hf, aside)
-        rename_file(aside, path)
-    append_jsonl(folder.metrics, {"arm": update, **history[-1]})
-
-
-def _worse_for(history: Sequence[dict[str, float]]) -> int:
-    """How many evaluations ago the lowest validation loss was seen."""
-    losses = [line["valid_loss"] for line in history]
-    return len(losses) - 1 - losses.index(min(losses))
-
-
-def _history(folder: RunFolder, update: Update, *, before: int, leads: bool) -> list[dict[str, float]]:
-    """Evaluations before step `before`; lines of steps that a crash undid are removed from the file."""
-    lines = read_jsonl(folder.metrics)
-    kept = [line for line in lines if line["arm"] != update or line["step"] < before]
-    if leads and len(kept) != len(lines):
-        write_jsonl(folder.metrics, kept)
-    wanted = ("step", "valid_loss", "valid_metric")
-    return [{key: line[key] for key in wanted} for line in kept if line["arm"] == update and "valid_loss" in line]
-
-
-def _announce(done: StepDone, screen: Screen) -> None:
-    for problem in done.damaged:
-        screen.warn(f"a damaged checkpoint was set aside: {problem}")
-    if done.resumed:
-        screen.line(done.resumed)
-
-
-def _step_line(update: Update, done: StepDone) -> dict[str, object]:
-    wanted = (
-        "step",
-        "loss",
-        "learning_rate",
-        "gradient_norm",
-        "tokens",
-        "tokens_per_second",
-        "memory_bytes",
-        "seconds",
-    )
-    values = asdict(done)
-    return {"arm": update, **{key: values[key] for key in wanted}}
-
-
-def _last_step(folder: RunFolder, update: Update) -> StepDone:
-    """The last step as metrics.jsonl has it: every step was finished before this process began."""
-    line = [line for line in read_jsonl(folder.metrics) if line["arm"] == update and "loss" in line][-1]
-    line.pop("arm")
-    return StepDone(**line, steps=line["step"], scored_tokens=0)
-
-
-def _best(folder: RunFolder, update: Update) -> Path:
-    return folder.checkpoints / update / "best.safetensors"
+    return {"valid_loss": loss, "valid_metric": metric}
 
 
 def _finished(recipe: Recipe, update: Update, target: Path, record: dict, world: World) -> Tuned:

@@ -17,7 +17,6 @@ from ..types import Estimate
 from . import words
 from .drawing import (
     INK,
-    LINE,
     LOOKUP,
     MUTED,
     PROMPTED,
@@ -30,11 +29,14 @@ from .drawing import (
     finish,
     label_rows,
     legend_handle,
+    rule,
 )  # fmt: skip
 from .record import RunRecord, as_estimate, is_number, part
 
 _MARKERS = {"prompted": "o", "lookup": "s", "tuned": "D"}
 _LOOK: dict[str, Any] = {"marker": "D", "markersize": 4.5, "linewidth": 2}  # of a validation curve
+_CHANCE = {"pair_accuracy": 0.5}
+_LOSS_UNITS = {"sft": "loss (nats per token)", "reward": "loss (nats per pair)", "dpo": "loss (nats per pair)"}
 _MOST_POINTS = 300  # of one curve: more is more bytes and no more picture
 
 
@@ -51,9 +53,13 @@ def arms_chart(run: RunRecord) -> Chart | None:
             draw_note(axes, scale * score.high, y, words.metric_text(metric, score.value))
         label_rows(axes, [words.arm_label(run, arm) for arm, _ in reversed(rows)])
         low, high = min(scale * s.low for _, s in rows), max(scale * s.high for _, s in rows)
-        low = min(low, 0.0) if metric in words.SHARES else low - 0.05 * (high - low)
+        chance = scale * _CHANCE[metric] if metric in _CHANCE else None
+        low = min(low, chance or 0.0) if metric in words.SHARES else low - 0.05 * (high - low)
+        if chance:
+            axes.axvline(chance, color=INK, linewidth=1)
+            low -= 0.03 * (high - low)
         axes.set_xlim(low, high + 0.17 * (high - low or 1.0))
-        axes.set_xlabel(f"{metric}{' (%)' if scale == 100 else ''}, {_basis(rows[0][1])}")
+        axes.set_xlabel(f"{_axis_label(metric)}, {basis(rows[0][1])}")
         if not higher_is_better(metric):
             axes.set_xlabel(axes.get_xlabel() + ", lower is better")
         _kinds_legend(figure, run, [arm for arm, _ in rows])
@@ -86,8 +92,8 @@ def differences_chart(run: RunRecord) -> Chart | None:
         axes.axvline(0, color=INK, linewidth=1)
         low, high = min(0.0, *(row["estimate"].low for row in rows)), max(0.0, *(row["estimate"].high for row in rows))
         axes.set_xlim(scale * (low - 0.05 * (high - low)), scale * (high + 0.17 * (high - low or 1.0)))
-        unit = "points" if scale == 100 else metric
-        axes.set_xlabel(f"tuned {words.MINUS} baseline ({unit}), {_basis(rows[0]['estimate'])}")
+        unit = "points" if scale == 100 else words.metric_label(metric)
+        axes.set_xlabel(f"tuned {words.MINUS} baseline ({unit}), {basis(rows[0]['estimate'])}")
         figure.legend(
             handles=[legend_handle(words.arm_label(run, arm), _color(run, arm), "D") for arm in tuned],
             loc="outside lower center",
@@ -104,10 +110,11 @@ def curves_chart(run: RunRecord) -> Chart | None:
     train = {arm: _curve(run.steps, arm, "loss") for arm in arms}
     valid = {arm: _curve(run.steps, arm, "valid_loss") for arm in arms}
     graded = {arm: _curve(run.steps, arm, "valid_metric") for arm in arms}
+    metric = "pair_accuracy" if run.method == "dpo" else run.metric
     if not any(len(x) for x, _ in [*train.values(), *valid.values()]):
         return None
     panels = 2 if any(len(x) for x, _ in graded.values()) else 1
-    scale = _scale(run.metric)
+    scale = _scale(metric)
     with drawing(rows=3 + 4.4 * panels) as figure:
         top, *below = np.atleast_1d(figure.subplots(panels, sharex=True, height_ratios=[3, 2][:panels]))
         for arm in arms:
@@ -119,12 +126,11 @@ def curves_chart(run: RunRecord) -> Chart | None:
             if below and len(graded[arm][0]):
                 steps, values = graded[arm]
                 below[0].plot(steps, scale * values, color=color, **_LOOK)
-        top.set_ylabel("loss (nats per token)")
+        top.set_ylabel(_LOSS_UNITS.get(run.method, "loss"))
         if below:
-            below[0].set_ylabel(f"{run.metric}{' (%)' if scale == 100 else ''}")
+            below[0].set_ylabel(_axis_label(metric))
         for axes in (top, *below):
-            axes.grid(axis="y", color=LINE, linewidth=0.8)
-            axes.tick_params(axis="y", labelsize=10, labelcolor=MUTED)
+            rule(axes)
         (below[0] if below else top).set_xlabel("optimizer step")
         figure.legend(loc="outside lower center", ncols=min(2, 2 * len(arms)))
         ends = [f"{words.arm_label(run, a)} {y[0]:.3f} to {y[-1]:.3f}" for a, (x, y) in valid.items() if len(x) > 1]
@@ -196,32 +202,6 @@ def tokens_chart(run: RunRecord) -> Chart | None:
         return finish(figure, "tokens", title, f"Prompt tokens per request: {told}.")
 
 
-def plan_chart(run: RunRecord) -> Chart | None:
-    """Measured over planned time, memory and compute of each tuned arm, on a log scale around one."""
-    rows = plan_ratios(run)
-    if not rows:
-        return None
-    with drawing(rows=len(rows)) as figure:
-        axes = figure.subplots()
-        for y, (arm, _, ratio) in enumerate(reversed(rows)):
-            axes.plot([1, ratio], [y, y], color=_color(run, arm), linewidth=2, alpha=0.5)
-            axes.plot(ratio, y, color=_color(run, arm), marker="D", markersize=7)
-            draw_note(axes, ratio, y, f"×{ratio:.2f}", right=ratio >= 1)
-        label_rows(axes, [f"{words.arm_label(run, arm)}, {name}" for arm, name, _ in reversed(rows)])
-        axes.axvline(1, color=INK, linewidth=1)
-        axes.set_xscale("log")
-        reach = 1.35 * max(max(ratio, 1 / ratio) for _, _, ratio in rows) + 0.15
-        axes.set_xlim(1 / reach, reach)
-        ticks = [tick for tick in (0.01, 0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 5, 10, 100) if 1 / reach <= tick <= reach]
-        axes.set_xticks(ticks, [f"×{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-        axes.set_xlabel("measured ÷ planned (log scale)")
-        worst = max(rows, key=lambda row: abs(np.log(row[2])))
-        title = f"The plan was off by ×{worst[2]:.2f} at most ({words.arm_label(run, worst[0])}, {worst[1]})"
-        told = "; ".join(f"{words.arm_label(run, arm)} {name} {ratio:.2f}" for arm, name, ratio in rows)
-        return finish(figure, "plan", title, f"Measured over planned: {told}.")
-
-
 def _ranking(run: RunRecord, rows: Sequence[tuple[str, Estimate]]) -> str:
     """The best arm and the next; arms that print the same number share the first place."""
     shown: dict[str, list[str]] = {}
@@ -230,18 +210,6 @@ def _ranking(run: RunRecord, rows: Sequence[tuple[str, Estimate]]) -> str:
     (best, names), *others = shown.items()
     rest = f", then {' and '.join(others[0][1])} with {others[0][0]}" if others else ""
     return f"{' and '.join(names)} {'score' if len(names) > 1 else 'scores'} best with {best}{rest}"
-
-
-def plan_ratios(run: RunRecord) -> list[tuple[str, str, float]]:
-    """(arm, quantity, measured / predicted) for each quantity that was both planned and measured."""
-    rows = []
-    for arm in run.tuned:
-        predicted, measured = run.planned(arm)
-        for key, name in (("seconds", "time"), ("peak_memory_bytes", "memory"), ("flops", "compute")):
-            before, after = part(predicted, key), part(measured, key)
-            if is_number(before) and is_number(after) and before > 0 and after > 0:
-                rows.append((arm, name, after / before))
-    return rows
 
 
 def _curve(steps: Sequence[dict[str, Any]], arm: str, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -266,7 +234,7 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _kinds_legend(figure: Figure, run: RunRecord, arms: Sequence[str]) -> None:
-    names = {"prompted": "prompted, not tuned", "lookup": "lookup, no model", "tuned": "tuned"}
+    names = {"prompted": "not tuned", "lookup": "lookup, no model", "tuned": "tuned"}
     first = {run.kind(arm): arm for arm in reversed(arms)}
     handles = [
         legend_handle(name, _color(run, first[kind]), _MARKERS[kind]) for kind, name in names.items() if kind in first
@@ -284,11 +252,20 @@ def _scale(metric: str) -> float:
     return 100.0 if metric in words.SHARES else 1.0
 
 
-def _basis(score: Estimate) -> str:
+def _axis_label(metric: str) -> str:
+    return words.metric_label(metric) + (" (%)" if metric in words.SHARES else "")
+
+
+def basis(score: Estimate) -> str:
+    """What an interval rests on: `95% interval, n = 200`."""
     return f"{words.percent(score.level)} interval, n = {words.count(score.n)}"
 
 
 def _share_of(wins: int, total: int) -> str:
     if total == 1:
         return "its baseline" if wins else "no baseline"
-    return f"all {total} baselines" if wins == total else f"{wins or 'none'} of {total} baselines"
+    return (
+        f"{'both' if total == 2 else f'all {total}'} baselines"
+        if wins == total
+        else f"{wins or 'none'} of {total} baselines"
+    )

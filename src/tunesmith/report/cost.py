@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..types import Estimate
+from .record import is_number
 
 FLOPS_PER_PARAMETER_AND_TOKEN = 2
 _CHUNK_ROWS = 256  # resamples drawn at once: 256 x 100,000 items stay under 0.3 GB
@@ -125,5 +126,4 @@ def _fraction(part: Any, whole: Any) -> float | None:
 
 def _number(value: Any) -> float | None:
     """A finite number, or None."""
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None
+    return float(value) if is_number(value) else None

@@ -24,7 +24,7 @@ from ..types import Estimate
 
 Number = int | float
 INK, MUTED, LINE = "#121212", "#787878", "#d8d8d8"
-PROMPTED, LOOKUP, TUNED, TUNED_TOO = "#0072b2", "#7d7f85", "#d55e00", "#009e73"
+PROMPTED, LOOKUP, TUNED, TUNED_TOO, PROXY = "#0072b2", "#7d7f85", "#d55e00", "#009e73", "#cc79a7"
 _VARIABLES = {
     INK: "currentColor",
     MUTED: f"var(--muted, {MUTED})",
@@ -33,6 +33,7 @@ _VARIABLES = {
     LOOKUP: f"var(--lookup, {LOOKUP})",
     TUNED: f"var(--tuned, {TUNED})",
     TUNED_TOO: f"var(--tuned-too, {TUNED_TOO})",
+    PROXY: f"var(--proxy, {PROXY})",
 }
 _WIDTH_INCHES = 5.2
 _ROW_INCHES = 0.42
@@ -115,6 +116,13 @@ def label_rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", color=LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def rule(axes: Axes) -> None:
+    """Rule the rows of a chart whose height is a number."""
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
+    axes.tick_params(axis="y", labelsize=10, labelcolor=MUTED)
     axes.set_axisbelow(True)
 
 

@@ -6,7 +6,7 @@ Nobody chooses the rows by hand, and the counts beside them say how common each 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class ShownRow:
 
     id: str
     outcome: str
+    label: str
     prompt: str
     reference: str
     answers: tuple[ShownAnswer, ...]
@@ -53,11 +54,16 @@ def outcomes(run: RunRecord) -> Mapping[str, list[str]]:
     binary = all(score in (0, 1) for row in shared for score in (tuned[row], prompted[row]))
     sign = 1 if higher_is_better(run.metric) else -1
     found: dict[str, list[str]] = {name: [] for name in OUTCOMES}
-    for row in sorted(shared, key=lambda row: hashlib.sha256(row.encode()).digest()):
+    for row in shuffled(shared):
         change = sign * (tuned[row] - prompted[row])
         same = ("right" if tuned[row] == 1 else "wrong") if binary else "unchanged"
         found["mended" if change > 0 else "broken" if change < 0 else same].append(row)
     return {name: rows for name, rows in found.items() if rows}
+
+
+def shuffled(ids: Iterable[str], seed: object = "") -> list[str]:
+    """Ids in an order that depends on each id and the seed alone, so that nobody chose it."""
+    return sorted(ids, key=lambda row: hashlib.sha256(f"{row}{seed}".encode()).digest())
 
 
 def choose(groups: Mapping[str, Sequence[str]], rows: int = 12) -> list[tuple[str, str]]:
@@ -82,12 +88,19 @@ def shown_rows(run: RunRecord, rows: int = 12) -> list[ShownRow]:
             ShownRow(
                 id=row,
                 outcome=outcome,
+                label=OUTCOMES[outcome],
                 prompt=clip(prompt_text(line.get("prompt")), PROMPT_CHARACTERS),
                 reference=clip(str(line.get("reference", "")), ANSWER_CHARACTERS),
                 answers=tuple(answers),
             )
         )
     return shown
+
+
+def tally(counts: Mapping[str, int]) -> list[tuple[str, int, str]]:
+    """(label, rows, share of all rows), as the page lists them."""
+    total = sum(counts.values())
+    return [(label, rows, words.percent(rows / total)) for label, rows in counts.items() if rows]
 
 
 def prompt_text(prompt: Any) -> str:

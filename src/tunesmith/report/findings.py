@@ -8,6 +8,8 @@ from ..types import Estimate
 from . import words
 from .record import RunRecord, as_estimate, is_number, part
 
+_COSTS = (("compute", "flops"), ("time", "seconds"), ("memory", "memory"), ("checkpoint", "checkpoint"))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
@@ -34,31 +36,32 @@ def finding(run: RunRecord) -> str:
     """One sentence with the numbers that decide."""
     if run.subject is None:
         return f"Nothing was tuned in this run: {len(run.arms)} arms were measured as they are."
-    tuned, metric = words.arm_label(run, run.subject), run.metric
+    tuned, metric, name = words.arm_label(run, run.subject), run.metric, words.metric_label(run.metric)
     score, row = run.estimate(run.subject), run.contrast(run.subject, run.prompted)
     if score is None:
-        return f"{tuned} was trained, but {metric or 'no metric'} was not measured on held-out rows."
+        return f"{tuned} was trained, but {name or 'no metric'} was not measured on held-out rows."
     if row is None or run.prompted is None:
         basis = f"{words.count(score.n)} held-out rows"
         shown = words.metric_text(metric, score.value)
-        return f"{tuned} scores {shown} {metric} on {basis} ({_interval(metric, score)})."
+        return f"{tuned} scores {shown} {name} on {basis} ({interval(metric, score)})."
     found: Estimate = row["estimate"]
     clear = found.low > 0 or found.high < 0
     against = words.arm_label(run, run.prompted)
     before, after = run.estimate(run.prompted), words.metric_text(metric, score.value)
     told = f"from {words.metric_text(metric, before.value)} with {against} " if before else f"over {against} "
     change = words.difference_text(metric, found.value)
-    evidence = f"{change}, {_interval(metric, found, difference=True)}, {words.p_text(row.get('p_value'))}"
+    evidence = f"{change}, {interval(metric, found, difference=True)}, {words.p_text(row.get('p_value'))}"
     verb = ("lifts" if found.value > 0 else "lowers") if clear else "is not shown to change"
     held_out = f"{words.count(found.n)} held-out rows"
-    return f"Tuning with {tuned} {verb} {metric} {told}to {after} on {held_out}: {evidence}."
+    return f"Tuning with {tuned} {verb} {name} {told}to {after} on {held_out}: {evidence}."
 
 
 def setting(run: RunRecord) -> str:
     """What was tuned, how, on how much: the line under the title."""
-    method = part(run.recipe, "method")
+    method = words.METHODS.get(run.method, run.method) if run.method != "reward" else ""
+    unit = "pairs" if run.method == "reward" else "rows"
     rows = [
-        f"{words.count(held)} {split} rows"
+        f"{words.count(held)} {split} {unit}"
         for split, name in (("training", "train"), ("test", "test"))
         if is_number(held := part(run.results, "data", name))
     ]
@@ -72,8 +75,8 @@ def tiles(run: RunRecord) -> list[Tile]:
     subject = run.subject
     if subject is None:
         return []
-    first = [_score_tile(run, subject), _gain_tile(run, subject)]
-    return [*first, _tokens_tile(run), _forgetting_tile(run), _cost_tile(run)]
+    first = [score_tile(run, subject), gain_tile(run, subject, run.prompted)]
+    return [*first, _tokens_tile(run), _forgetting_tile(run), cost_tile(run)]
 
 
 def general_loss_change(run: RunRecord, arm: str | None) -> Estimate | None:
@@ -103,7 +106,7 @@ def lora_against_full(run: RunRecord) -> str:
     quality = as_estimate(part(found, "quality_fraction"))
     costs = [
         f"{words.percent(fraction)} of its {name}"
-        for name, key in (("compute", "flops"), ("time", "seconds"), ("memory", "memory"))
+        for name, key in _COSTS
         if is_number(fraction := part(found, f"{key}_fraction"))
     ]
     if not found or not costs:
@@ -116,22 +119,31 @@ def lora_against_full(run: RunRecord) -> str:
     return f"LoRA keeps {kept} of full fine-tuning's gain over the best prompt, for {share}."
 
 
-def _score_tile(run: RunRecord, subject: str) -> Tile:
-    score, label = run.estimate(subject), f"{run.metric}, {words.arm_label(run, subject)}"
-    if score is None:
+def score_tile(run: RunRecord, arm: str) -> Tile:
+    """An arm's score on the deciding metric."""
+    return estimate_tile(
+        f"{words.metric_label(run.metric)}, {words.arm_label(run, arm)}", run.metric, run.estimate(arm)
+    )
+
+
+def estimate_tile(label: str, metric: str, found: Estimate | None) -> Tile:
+    """A number with its interval and the rows it rests on, shown as that metric is."""
+    if found is None:
         return Tile(label=label, value=words.ABSENT, note="not measured")
-    note = f"{words.interval_text(run.metric, score)}, n = {words.count(score.n)}"
-    return Tile(label=label, value=words.metric_text(run.metric, score.value), note=note)
+    note = f"{words.interval_text(metric, found)}, n = {words.count(found.n)}"
+    return Tile(label=label, value=words.metric_text(metric, found.value), note=note)
 
 
-def _gain_tile(run: RunRecord, subject: str) -> Tile:
-    row = run.contrast(subject, run.prompted)
+def gain_tile(run: RunRecord, arm: str | None, other: str | None) -> Tile:
+    """The paired difference of two arms on the deciding metric."""
+    row = run.contrast(arm, other)
+    against = words.arm_label(run, other) if other else "the best prompt"
     if row is None:
-        return Tile(label="gain over the best prompt", value=words.ABSENT, note="not measured")
+        return Tile(label=f"gain over {against}", value=words.ABSENT, note="not measured")
     value = words.difference_text(run.metric, row["estimate"].value, unit=False)
-    unit = " points" if run.metric in words.SHARES else ""
+    unit = "points" if run.metric in words.SHARES else words.metric_label(run.metric)
     bounds = words.interval_text(run.metric, row["estimate"], difference=True)
-    return Tile(label=f"gain over {words.arm_label(run, row['b'])}", value=value, note=f"{bounds}{unit}")
+    return Tile(label=f"gain over {against}", value=value, note=f"{bounds} {unit}")
 
 
 def _tokens_tile(run: RunRecord) -> Tile:
@@ -151,13 +163,15 @@ def _forgetting_tile(run: RunRecord) -> Tile:
     return Tile(label="general loss (forgetting)", value=value, note=note)
 
 
-def _cost_tile(run: RunRecord) -> Tile:
+def cost_tile(run: RunRecord) -> Tile:
+    """What training the subject took."""
     train = part(run.arms, run.subject or "", "train")
     memory, flops = part(train, "peak_memory_bytes"), part(train, "flops")
     notes = [f"{words.size(memory)} peak"] * is_number(memory) + [words.flops(flops)] * is_number(flops)
     return Tile(label="training time", value=words.seconds(part(train, "seconds")), note=", ".join(notes))
 
 
-def _interval(metric: str, estimate: Estimate, *, difference: bool = False) -> str:
+def interval(metric: str, estimate: Estimate, *, difference: bool = False) -> str:
+    """`95% interval 68.0 to 74.0`."""
     bounds = words.interval_text(metric, estimate, difference=difference)
     return f"{words.percent(estimate.level)} interval {bounds}"

@@ -17,7 +17,7 @@ from ..errors import FolderError
 from ..folder import RunFolder, read_json, read_jsonl
 from ..types import Estimate
 
-LOOKUP_ARMS = frozenset({"nearest_neighbour", "majority", "majority_answer"})
+LOOKUP_ARMS = frozenset({"nearest_neighbour", "majority", "majority_answer", "length"})
 Json = dict[str, Any]
 
 
@@ -45,13 +45,25 @@ class RunRecord:
     answers: Mapping[str, tuple[Json, ...]]
 
     @property
+    def method(self) -> str:
+        """What was done: `sft`, `reward`, `dpo`, `ppo` or `grpo`."""
+        return str(part(self.results, "method") or "sft")
+
+    @property
     def arms(self) -> Mapping[str, Json]:
-        """Arm name to what was measured of it, in the order of the run."""
-        return {name: arm for name, arm in (part(self.results, "arms") or {}).items() if isinstance(arm, dict)}
+        """Arm name to what was measured of it, in the order of the run; reward models come before their baselines."""
+        names = ("models", "baselines") if self.method == "reward" else ("arms",)
+        found = {name: arm for kind in names for name, arm in (part(self.results, kind) or {}).items()}
+        arms = {name: arm for name, arm in found.items() if isinstance(arm, dict)}
+        if self.method != "reward":
+            return arms
+        return {name: {**arm, "metrics": {self.metric: arm.get(self.metric)}} for name, arm in arms.items()}
 
     @property
     def metric(self) -> str:
         """The metric that decides: as the task names it, else the first one measured."""
+        if self.method == "reward":
+            return "pair_accuracy"
         named = part(self.results, "task", "metric") or part(self.recipe, "task", "metric")
         measured = [metric for arm in self.arms.values() for metric in part(arm, "metrics") or {}]
         return str(named) if named else (measured[0] if measured else "")
@@ -84,6 +96,10 @@ class RunRecord:
         """An arm's metric with its interval; the deciding metric unless named."""
         return as_estimate(part(self.arms, arm, "metrics", metric or self.metric))
 
+    def lines(self, key: str) -> list[Json]:
+        """The rows of a list of the results (`curve`, `rollouts`, ...); empty where it is absent."""
+        return [row for row in part(self.results, key) or [] if isinstance(row, dict)]
+
     def planned(self, arm: str) -> tuple[Json, Json]:
         """What training an arm was predicted to cost, and what it did cost: seconds, peak_memory_bytes, flops."""
         predicted = part(self.results, "plan", arm, "predicted") or part(self.plan, "arms", arm, "predicted")
@@ -93,7 +109,7 @@ class RunRecord:
     def contrasts(self, metric: str | None = None) -> list[Json]:
         """Paired differences on one metric (the deciding one unless named) that have a usable estimate."""
         wanted = metric or self.metric
-        rows = [row for row in part(self.results, "contrasts") or [] if row.get("metric") == wanted]
+        rows = [row for row in self.lines("contrasts") if row.get("metric") == wanted]
         return [{**row, "estimate": found} for row in rows if (found := as_estimate(row.get("difference")))]
 
     def contrast(self, a: str | None, b: str | None) -> Json | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,20 +40,31 @@ def scores_table(run: RunRecord) -> Table:
             bounds = words.interval_text(metric, found) if found else ""
             cells.append(Cell(text=words.metric_text(metric, found.value if found else None), note=bounds))
         rows.append(cells)
-    return Table(columns=["arm", *metrics], rows=rows if metrics else [])
+    return Table(columns=["arm", *map(words.metric_label, metrics)], rows=rows if metrics else [])
+
+
+def brief_table(run: RunRecord, more: Mapping[str, Callable[[str], str]]) -> Table:
+    """Arms with the deciding metric alone and `more` columns, each a function of the arm: for the terminal."""
+    rows = []
+    for arm in run.arms:
+        score = run.estimate(arm)
+        shown = words.metric_text(run.metric, score.value if score else None)
+        bounds = words.interval_text(run.metric, score) if score else words.ABSENT
+        texts = (shown, bounds, *(show(arm) for show in more.values()))
+        rows.append([_arm_cell(run, arm), *(Cell(text=text) for text in texts)])
+    return Table(columns=["arm", words.metric_label(run.metric), "interval", *more], rows=rows)
 
 
 def contrasts_table(run: RunRecord) -> Table:
     """Every paired difference, the deciding metric first, with its interval and p-value."""
-    recorded = [row for row in part(run.results, "contrasts") or [] if isinstance(row, dict)]
     rows = []
-    for row in sorted(recorded, key=lambda row: row.get("metric") != run.metric):
+    for row in sorted(run.lines("contrasts"), key=lambda row: row.get("metric") != run.metric):
         found, metric = as_estimate(row.get("difference")), str(row.get("metric", ""))
         if found is None:
             continue
         texts = (
             f" {words.MINUS} ".join(words.arm_label(run, str(row.get(side))) for side in ("a", "b")),
-            metric,
+            words.metric_label(metric),
             words.difference_text(metric, found.value),
             words.interval_text(metric, found, difference=True),
             words.p_value(row.get("p_value")),
@@ -83,6 +94,7 @@ def training_table(run: RunRecord) -> Table:
     """What training cost: one column per tuned arm, so that two can be read side by side."""
     lines = (
         ("time in the loop", "seconds", words.seconds),
+        ("rollouts", "rollouts", words.count),
         ("tokens", "tokens", words.count),
         ("compute", "flops", words.flops),
         ("peak memory", "peak_memory_bytes", words.size),
@@ -93,26 +105,10 @@ def training_table(run: RunRecord) -> Table:
     rows = [
         [Cell(text=name), *(Cell(text=show(part(run.arms, arm, "train", key))) for arm in run.tuned)]
         for name, key, show in lines
+        if any(is_number(part(run.arms, arm, "train", key)) for arm in run.tuned)
     ]
     labels = [words.arm_label(run, arm) for arm in run.tuned]
     return Table(columns=["training", *labels], rows=rows if labels else [])
-
-
-def fractions_table(run: RunRecord) -> Table:
-    """LoRA as a share of full fine-tuning."""
-    found = run.results.get("lora_versus_full")
-    quality = as_estimate(part(found, "quality_fraction"))
-    rows = []
-    if found:
-        bounds = f"{words.percent(quality.low)} to {words.percent(quality.high)}" if quality else ""
-        gain = words.percent(quality.value if quality else None)
-        rows.append([Cell(text="gain over the best prompt"), Cell(text=gain, note=bounds)])
-    costs = (("compute", "flops"), ("time", "seconds"), ("peak memory", "memory"), ("checkpoint", "checkpoint"))
-    for name, key in costs:
-        if is_number(part(found, f"{key}_fraction")):
-            fraction = part(found, f"{key}_fraction")
-            rows.append([Cell(text=name), Cell(text=words.percent(fraction, 1 if fraction < 0.1 else 0))])
-    return Table(columns=["", "LoRA, share of full"], rows=rows)
 
 
 def forgetting_table(run: RunRecord) -> Table:
@@ -128,7 +124,7 @@ def forgetting_table(run: RunRecord) -> Table:
             rows.append(
                 [
                     Cell(text=words.arm_label(run, arm)),
-                    Cell(text=name),
+                    Cell(text=words.metric_label(name)),
                     *(_estimate_cell(name, found) for found in (before, after)),
                     Cell(
                         text=words.difference_text(name, moved),

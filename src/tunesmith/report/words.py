@@ -11,7 +11,21 @@ from .record import RunRecord, is_number
 ABSENT = "–"
 MINUS, NO_BREAK = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 # Metrics between 0 and 1: shown as percentages, their differences as points.
-SHARES = frozenset({*TEXT_METRICS, "choice_accuracy", "pair_accuracy", "general_accuracy", "win_rate"})
+SHARES = frozenset(
+    {*TEXT_METRICS, "choice_accuracy", "pair_accuracy", "general_accuracy", "win_rate", "repetition", "unended"}
+)
+METHODS = {"sft": "SFT", "reward": "reward model", "dpo": "DPO", "ppo": "PPO", "grpo": "GRPO"}
+_METRICS = {
+    "pair_accuracy": "pair accuracy",
+    "judge_score": "judge score",
+    "reward_score": "reward score",
+    "length_tokens": "answer tokens",
+    "unended": "cut off",
+    "win_rate": "win rate",
+    "general_loss": "general loss",
+    "general_accuracy": "general accuracy",
+    "kl_from_base": "KL from the base per token",
+}
 _LABELS = {
     "base": "base model",
     "instructed": "instructed",
@@ -21,6 +35,9 @@ _LABELS = {
     "majority_answer": "majority answer",
     "lora": "LoRA",
     "full": "full fine-tuning",
+    "reward": "reward model",
+    "length": "longer answer",
+    "untrained": "untrained head",
 }
 
 
@@ -30,20 +47,25 @@ def arm_label(run: RunRecord, arm: str) -> str:
     return f"few-shot ({shots} examples)" if is_number(shots) else _LABELS.get(arm, arm.replace("_", " "))
 
 
+def metric_label(metric: str) -> str:
+    """A metric's name for readers: our own ones in words, a user's as it was given."""
+    return _METRICS.get(metric, metric)
+
+
 def metric_text(metric: str, value: Any) -> str:
-    """`71.0%` for shares, else three decimals."""
+    """`71.0%` for shares, `31.5` for tokens, else three decimals."""
     if not is_number(value):
         return ABSENT
-    return signed(f"{100 * value:.1f}%") if metric in SHARES else signed(f"{value:.3f}")
+    return signed(f"{100 * value:.1f}%" if metric in SHARES else f"{value:,.{_decimals(metric)}f}")
 
 
 def difference_text(metric: str, value: Any, *, unit: bool = True) -> str:
-    """`+50.0 points` for shares, else a signed number with three decimals."""
+    """`+50.0 points` for shares, else a signed number."""
     if not is_number(value):
         return ABSENT
     if metric in SHARES:
         return signed(f"{100 * value:+.1f}") + (" points" if unit else "")
-    return signed(f"{value:+.3f}")
+    return signed(f"{value:+,.{_decimals(metric)}f}")
 
 
 def interval_text(metric: str, estimate: Estimate, *, difference: bool = False) -> str:
@@ -77,7 +99,7 @@ def rounded_count(value: Any) -> str:
 
 
 def seconds(value: Any) -> str:
-    """`0.4 s`, `41 s`, `5 min 0 s`, `2 h 5 min`."""
+    """`0.4 s`, `41 s`, `5 min 0 s`, `21 min`, `2 h 5 min`."""
     if not is_number(value):
         return ABSENT
     if value < 10:
@@ -85,8 +107,10 @@ def seconds(value: Any) -> str:
     whole = round(value)
     if whole < 60:
         return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
+    if whole < 600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(value / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
 def size(value: Any) -> str:
@@ -124,6 +148,10 @@ def signed(text: str) -> str:
     if text.startswith("-") and not any(digit in text for digit in "123456789"):
         text = text[1:]
     return text.replace("-", MINUS)
+
+
+def _decimals(metric: str) -> int:
+    return 1 if metric.endswith("_tokens") else 3
 
 
 def _scaled(value: Any, units: tuple[str, ...]) -> str:

@@ -143,7 +143,7 @@ def _step(
     value = 0.0
     report: dict[str, float] = {}
     for batch in batches:
-        terms = loss(score(model, batch), batch)
+        terms = loss(score(model, batch, loss.needs), batch)
         (terms.sum / total).backward()
         value += float(terms.sum.detach())
         for key, term in terms.report.items():

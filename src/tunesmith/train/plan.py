@@ -18,7 +18,7 @@ from ..errors import TrainingError
 from ..model.linear import Linear
 from ..model.load import Model
 from ..model.score import score
-from ..recipe import Recipe, Update
+from ..recipe import Method, Recipe, Update
 from ..tensors import Batch, Loss, StepSource
 from ..types import Derived, Example
 from .checkpoint import trainable
@@ -27,6 +27,7 @@ from .meter import available_bytes, memory_bytes, peak_memory_bytes, reset_peak_
 DRY_STEPS, SEARCHED_STEPS = 3, 64
 RESERVED = 0.9  # share of the memory that a run may plan with
 SAFE = 0.7  # of the micro-batch that would just fit
+RATES: dict[Method, float] = {"sft": 1.0, "reward": 0.3, "dpo": 0.05, "ppo": 0.4, "grpo": 0.2}  # docs/log.md
 HEAP_SLACK = 1.4  # of what a step takes: freed blocks of unequal streams leave holes (docs/log.md)
 
 
@@ -51,37 +52,39 @@ class Prediction:
     flops: float
 
 
-def derive(recipe: Recipe, update: Update, model: Model, examples: Sequence[Example]) -> Settings:
-    """Fill in what the recipe leaves open, from the data's size and the model's shape."""
-    notes: list[Derived] = []
+class _Settling:
+    """Values as they are settled, each with where it came from."""
 
-    def settle(key: str, given: float | int | None, value: float | int, reason: str) -> float | int:
-        notes.append(
-            Derived(
-                key=key, value=value if given is None else given, reason=reason if given is None else "from the recipe"
-            )
-        )
-        return value if given is None else given
+    def __init__(self) -> None:
+        self.notes: list[Derived] = []
 
-    rows = len(examples)
+    def __call__(self, key: str, given: float | int | None, value: float | int, reason: str) -> float | int:
+        """What the recipe gives, else `value`."""
+        settled = value if given is None else given
+        self.notes.append(Derived(key=key, value=settled, reason=reason if given is None else "from the recipe"))
+        return settled
+
+
+def derive(
+    recipe: Recipe, update: Update, model: Model, examples: Sequence[Example], *, rows: int | None = None
+) -> Settings:
+    """Fill in what the recipe leaves open, from the data's size and the model's shape.
+
+    `rows` is what a batch counts where that is not Examples: pairs.
+    """
+    settle = _Settling()
+    rows = rows or len(examples)
     spec = recipe.train
     lengths = [len(example.tokens) for example in examples]
-    epochs = settle("train.epochs", spec.epochs, _epochs(rows), f"{rows} training rows; fewer rows bear more passes")
+    few = "fewer rows bear more passes" if recipe.method == "sft" else "a second pass learns choices by rote"
+    epochs = settle("train.epochs", spec.epochs, _epochs(rows, recipe.method), f"{rows} training rows; {few}")
     batch = settle(
         "train.batch",
         spec.batch,
         _batch(rows, epochs),
         "small enough for 100 steps or more, 32 at most (LoRA loses with large batches)",
     )
-    width = int(model.head_weight.shape[1])
-    lora_rate = 5e-4 * (2000 / width) ** 0.78
-    given_rate = recipe.lora.learning_rate if update == "lora" and recipe.lora.learning_rate else spec.learning_rate
-    rate = settle(
-        f"{update}.learning_rate",
-        given_rate,
-        float(f"{lora_rate if update == 'lora' else lora_rate / 10:.1e}"),
-        f"5e-4 x (2000 / {width})^0.78 for LoRA, a tenth of it for full fine-tuning",
-    )
+    rate = _rate(recipe, update, model, settle)
     trained = sum(int((example.weights > 0).sum()) for example in examples)
     rank = 0
     if update == "lora":
@@ -90,11 +93,13 @@ def derive(recipe: Recipe, update: Update, model: Model, examples: Sequence[Exam
             settle(
                 "lora.rank",
                 recipe.lora.rank,
-                _rank(trained, per_rank),
-                f"adapter weights ({per_rank:,} per rank) hold the {trained:,} trained tokens",
+                _rank(trained if recipe.method == "sft" else rows, per_rank),
+                f"adapter weights ({per_rank:,} per rank) hold the {trained:,} trained tokens"
+                if recipe.method == "sft"
+                else f"{rows:,} choices say about a bit each",
             )
         )
-    budget = max(2048, max(lengths))
+    budget = max(2048, 2 * max(lengths) if recipe.method in ("reward", "dpo") else max(lengths))
     micro = settle(
         "train.microbatch_tokens",
         spec.microbatch_tokens,
@@ -107,8 +112,43 @@ def derive(recipe: Recipe, update: Update, model: Model, examples: Sequence[Exam
         learning_rate=float(rate),
         rank=rank,
         microbatch_tokens=int(micro),
-        derived=tuple(notes),
+        derived=tuple(settle.notes),
     )
+
+
+def derive_policy(recipe: Recipe, update: Update, model: Model, answers: int, longest_tokens: int) -> Settings:
+    """The same for rollouts of `answers` answers, the longest with its prompt of `longest_tokens`."""
+    settle = _Settling()
+    spec, policy = recipe.train, recipe.policy
+    ppo = recipe.method == "ppo"
+    why = "passes over each rollout (ppo)" if ppo else "one pass over each rollout keeps learning on the policy (grpo)"
+    epochs = settle("policy.epochs", policy.epochs, 4 if ppo else 1, why)
+    batch = settle("train.batch", spec.batch, answers, "a whole rollout a step")
+    rate = _rate(recipe, update, model, settle)
+    rank = 0
+    if update == "lora":
+        rank = int(settle("lora.rank", recipe.lora.rank, 16, "a score says about a bit"))
+    micro = settle(
+        "train.microbatch_tokens", spec.microbatch_tokens, max(2048, longest_tokens), "2,048 keep the processor busy"
+    )
+    return Settings(
+        epochs=float(epochs),
+        batch=int(batch),
+        learning_rate=float(rate),
+        rank=rank,
+        microbatch_tokens=int(micro),
+        derived=tuple(settle.notes),
+    )
+
+
+def _rate(recipe: Recipe, update: Update, model: Model, settle: _Settling) -> float | int:
+    width = int(model.head_weight.shape[1])
+    share = RATES[recipe.method]
+    value = share * 5e-4 * (2000 / width) ** 0.78 / (1 if update == "lora" else 10)
+    given = recipe.lora.learning_rate if update == "lora" and recipe.lora.learning_rate else recipe.train.learning_rate
+    why = f"5e-4 x (2000 / {width})^0.78 for LoRA, a tenth for full fine-tuning"
+    why += f"; x {share:g} for {recipe.method}" if share != 1 else ""
+    return settle(f"{update}.learning_rate", given, float(f"{value:.1e}"), why)
 
 
 def predict(
@@ -179,10 +219,12 @@ def flops(model: Model, update: Update, sizes: Sequence[int], examples: float) -
 
 def _pass(model: Model, batch: Batch, loss: Loss) -> None:
     batch = batch.to(model.device)
-    (loss(score(model, batch), batch).sum / max(loss.count(batch), 1)).backward()
+    (loss(score(model, batch, loss.needs), batch).sum / max(loss.count(batch), 1)).backward()
 
 
-def _epochs(rows: int) -> float:
+def _epochs(rows: int, method: Method) -> float:
+    if method != "sft":
+        return 1.0
     return 3.0 if rows < 2000 else 2.0 if rows < 10_000 else 1.0
 
 

@@ -1,0 +1,255 @@
+"""What all methods that align a policy share: looks at held-out prompts, win rates, hand-over and results.json."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .. import __version__
+from ..evaluate.choices import verdict_on_policy
+from ..evaluate.forgetting import forgotten, remember
+from ..evaluate.stats import contrast, estimate
+from ..folder import read_json, read_jsonl, write_json, write_jsonl
+from ..model.adapters import load_adapter, save_adapter, save_model
+from ..model.load import Model, load
+from ..model.lora import LoraShape, adapters_off
+from ..model.values import NAME, without_value_head
+from ..recipe import Update
+from ..tensors import Loss, StepSource
+from ..train.meter import machine, reset_peak_memory
+from ..train.optim import Optimization
+from ..train.plan import Prediction, Settings
+from ..types import Estimate
+from ..world import World
+from .begin import Place, opened
+from .loop import Undertaking, carry_out
+from .panel import Panel, Reference, Seen, at_temperature, look, wins
+from .prompts import Prompts
+from .results import lost_ability
+from .tune import account
+
+_ROLLOUT = ("rollout", "score", "score_sd", "kl", "kl_coefficient", "length_tokens", "repetition", "entropy")
+_ROLLOUT += ("unended", "unscored", "alike")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aligning:
+    """A policy about to be trained. `watch`, where given, looks at validation rows besides the panel's look."""
+
+    model: Model
+    shape: LoraShape
+    settings: Settings
+    source: StepSource
+    loss: Loss
+    how: Optimization
+    reference: Reference
+    prediction: Callable[[], Prediction]
+    sizes: Sequence[int]
+    beside: Callable[[], Mapping[str, float]] = dict
+    enough: Callable[[], str] = str
+    watch: Callable[[], dict[str, float]] = dict
+
+
+def align(place: Place, base: Model, prompts: Prompts, panel: Panel, begin: Callable[[Model], Aligning]) -> None:
+    """Judge the base, train the policy that `begin` makes of it, judge that, and write results.json."""
+    recipe, folder, world, screen = place.recipe, place.folder, place.world, place.screen
+    update = recipe.update[0]
+    how = at_temperature(recipe, prompts)
+    facts = {"max_new_tokens": prompts.max_new_tokens}
+    with opened(place, prompts.ledger, facts):
+        screen.stage("Before", "the base model's answers, as the panel scores them")
+        itself = _itself(base)
+        before = look(base, itself, panel, prompts, "test", how, time.monotonic)
+        on_valid = look(base, itself, panel, prompts, "valid", how, time.monotonic)
+        remembered = remember(base, []) if recipe.evaluate.forgetting else None
+        screen.line(_told(before, panel))
+        screen.stage("Training", f"{recipe.method}, {update}")
+        model, train, curve = _trained(place, base, prompts, panel, begin, on_valid)
+        screen.stage("After", "the same prompts, the same random numbers")
+        reference = reference_of(model, update, recipe.base, world)
+        after = look(model, reference, panel, prompts, "test", how, time.monotonic)
+        screen.line(_told(after, panel))
+        lost = lost_ability(recipe, forgotten(remembered, model)) if remembered else None
+        if world.leads:
+            for arm, seen in (("base", before), (update, after)):
+                write_jsonl(folder.answers(arm), _lines(seen))
+            screen.stage("Verdict")
+            write_json(folder.results, _results(place, prompts, panel, before, after, train, curve, lost))
+        world.barrier()
+
+
+def reference_of(model: Model, update: Update, base: str, world: World) -> Reference:
+    """The model before training, for as long as `model` is trained: adapters switched off, or a second copy."""
+    if update == "lora":
+
+        @contextmanager
+        def switched_off() -> Iterator[Model]:
+            with adapters_off(model.hf):
+                yield model
+
+        return switched_off
+    return _itself(load(base, world))
+
+
+def _itself(model: Model) -> Reference:
+    @contextmanager
+    def given() -> Iterator[Model]:
+        yield model
+
+    return given
+
+
+def _trained(
+    place: Place, base: Model, prompts: Prompts, panel: Panel, begin: Callable[[Model], Aligning], on_valid: Seen
+) -> tuple[Model, dict[str, Any], list[dict[str, Any]]]:
+    """The tuned model, what training took, and the looks at validation prompts, the first at step 0."""
+    recipe, folder, world = place.recipe, place.folder, place.world
+    update = recipe.update[0]
+    target = folder.adapter if update == "lora" else folder.model
+    record = folder.path / "trained" / f"{update}.json"
+    if record.is_file():
+        place.screen.line(f"{update} was trained before; loading {target.name}/")
+        known = read_json(record)
+        model = base if update == "lora" else load(str(target), world)
+        if update == "lora":
+            load_adapter(model, target)
+        return model, known["train"], known["curve"]
+    work = begin(base)
+    prediction = work.prediction()
+    reset_peak_memory()
+    how = at_temperature(recipe, prompts)
+
+    def watch(step: int) -> dict[str, float]:
+        found = work.watch()
+        seen = look(work.model, work.reference, panel, prompts, "valid", how, time.monotonic)
+        line = {**_point(seen, on_valid, panel), **found}
+        return {**line, "cost": -line[panel.decides] if panel.decides else found["valid_loss"]}
+
+    undertaking = Undertaking(
+        name=update,
+        model=work.model,
+        source=work.source,
+        loss=work.loss,
+        how=work.how,
+        watch=watch,
+        decides="cost",
+        describe=_described,
+        evaluations=recipe.train.evaluations,
+        patience=recipe.train.patience,
+        beside=work.beside,
+        enough=work.enough,
+    )
+    outcome = carry_out(undertaking, folder, world, place.screen)
+    train = account(folder, update, update, work.model, work.settings, outcome, work.sizes, prediction, world)
+    curve = [{"step": 0, **_point(on_valid, on_valid, panel)}, *map(dict, outcome.history)]
+    curve = [{**point, "chosen": point["step"] == outcome.best["step"]} for point in curve]
+    if world.leads:
+        _hand_over(work, update, place)
+        write_json(record, {"train": train, "curve": curve})
+    world.barrier()
+    return work.model, train, curve
+
+
+def _hand_over(work: Aligning, update: Update, place: Place) -> None:
+    def save() -> None:
+        if update == "lora":
+            save_adapter(work.model, work.shape, place.folder.adapter)
+        else:
+            save_model(work.model, place.folder.model)
+
+    if NAME in dict(work.model.hf.named_children()):
+        with without_value_head(work.model):
+            save()
+    else:
+        save()
+
+
+def _point(seen: Seen, base: Seen, panel: Panel) -> dict[str, float]:
+    """A look as a point of the curve."""
+    names = [name for name in seen.scores if name not in panel.grades]
+    point = {name: float(seen.scores[name].mean()) for name in names}
+    point["kl"] = float(seen.kl.mean())
+    return {**point, "win_rate": float(wins(seen, base, panel.decides).mean())} if panel.decides else point
+
+
+def _described(line: Mapping[str, float]) -> str:
+    wanted = ("judge_score", "reward_score", "reward", "win_rate", "kl", "length_tokens", "valid_loss", "valid_metric")
+    return ", ".join(f"{name.replace('_', ' ')} {line[name]:.3f}" for name in wanted if name in line)
+
+
+def _told(seen: Seen, panel: Panel) -> str:
+    names = [*panel.rewards, *panel.grades, "length_tokens", "unended"]
+    return ", ".join(f"{name.replace('_', ' ')} {seen.scores[name].mean():.3f}" for name in names)
+
+
+def _lines(seen: Seen) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": answer.item.id,
+            "prompt": [{"role": message.role, "content": message.content} for message in answer.item.prompt],
+            "reference": answer.item.reference,
+            "answer": answer.completion.text.strip(),
+            "scores": {name: float(values[place]) for name, values in seen.scores.items()},
+        }
+        for place, answer in enumerate(seen.answers)
+    ]
+
+
+def _results(
+    place: Place,
+    prompts: Prompts,
+    panel: Panel,
+    before: Seen,
+    after: Seen,
+    train: Mapping[str, Any],
+    curve: Sequence[Mapping[str, Any]],
+    lost: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The content of results.json."""
+    recipe = place.recipe
+    update, level, seed = recipe.update[0], recipe.evaluate.level, recipe.evaluate.seed
+    measured = {"base": before.measurement("base"), update: after.measurement(update)}
+    contrasts = [contrast(measured[update], measured["base"], name, level, seed) for name in before.scores]
+    arms = {}
+    for name, one in measured.items():
+        arms[name] = {
+            "metrics": {metric: asdict(estimate(scores, level, seed)) for metric, scores in one.scores.items()},
+            "prompt_tokens_per_request": float(one.prompt_tokens.mean()),
+            "completion_tokens_per_request": float(one.completion_tokens.mean()),
+            "seconds": one.seconds,
+        }
+    arms[update]["train"] = {key: value for key, value in train.items() if key != "predicted"}
+    kl = estimate(after.kl, level, seed)
+    won = estimate(wins(after, before, panel.decides), level, seed) if panel.decides else None
+    rise = Estimate(**lost["general_loss"]["change"]) if lost else None
+    by = {"judge_score": "judge", "reward_score": "reward model", "reward": "reward"}.get(panel.decides, "")
+    verdict = verdict_on_policy(won, by, kl, rise, recipe.evaluate.forgetting_limit) if won else None
+    lines = [line for line in read_jsonl(place.folder.metrics) if line["arm"] == update and "rollout" in line]
+    rollouts = {line["rollout"]: {key: line[key] for key in _ROLLOUT if key in line} for line in lines}
+    keys = ("seconds", "peak_memory_bytes", "flops")
+    return {
+        "schema": 1,
+        "tunesmith": __version__,
+        "method": recipe.method,
+        "base": recipe.base,
+        "verdict": asdict(verdict)
+        if verdict
+        else {"decision": "not shown", "reasons": ["Nothing judged the answers: set reward: to a reward run."]},
+        "subject": update,
+        "task": {"metric": panel.decides or "length_tokens"},
+        "arms": arms,
+        **({"win_rate": asdict(won), "win_rate_by": by} if won else {}),
+        "kl": asdict(kl),
+        "contrasts": [asdict(one) for one in contrasts],
+        "curve": list(curve),
+        **({"rollouts": list(rollouts.values())} if rollouts else {}),
+        "forgetting": {update: lost} if lost else {},
+        "plan": {update: {"predicted": train["predicted"], "measured": {key: train[key] for key in keys}}},
+        "test_reads": 1,
+        **prompts.counts,
+        "machine": machine(place.world.device),
+        "seconds": time.monotonic() - place.started,
+    }

@@ -1,0 +1,98 @@
+"""How every run begins: is it finished, may this recipe use the folder, which base does it start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import FolderError, RecipeError
+from ..folder import RunFolder, is_run_folder, locked, only_begun, open_run, read_json, write_json, write_jsonl
+from ..model.load import Model, load
+from ..recipe import Recipe, dump_recipe
+from ..screen import Screen
+from ..train.meter import machine
+from ..types import LedgerEntry
+from ..world import World
+from .prepare import fingerprints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a run works: its recipe, folder, processes, screen, and when it began (monotonic seconds)."""
+
+    recipe: Recipe
+    folder: RunFolder
+    root: Path
+    world: World
+    screen: Screen
+    started: float
+
+
+def finished(folder: RunFolder, recipe: Recipe, world: World) -> bool:
+    """Whether the folder already holds this run's results. Raises FolderError for one that is not this recipe's."""
+    if not is_run_folder(folder.path):
+        return False
+    if world.leads:
+        open_run(folder.path, dump_recipe(recipe))
+    world.barrier()
+    if folder.plan.is_file() and not only_begun(folder):
+        began, now = read_json(folder.plan).get("files", {}), fingerprints(recipe)
+        changed = [key for key, digest in now.items() if began.get(key, digest) != digest]
+        if changed:
+            what = f"the file of {changed[0]} has changed since this run began"
+            raise FolderError(what, where=str(folder.path), fix="Choose another `out`, or delete this folder.")
+    return folder.results.is_file()
+
+
+def needs_held_out(recipe: Recipe) -> None:
+    """Raises RecipeError where there would be no validation or no test rows."""
+    for name in ("valid", "test"):
+        if not getattr(recipe.data, name):
+            use = "prompts and weights are chosen" if name == "valid" else "the result is judged"
+            raise RecipeError(f"{use} on {name} rows", where=f"data.{name}", fix="Give a fraction above 0, or a file.")
+
+
+def one_update(recipe: Recipe) -> None:
+    """Raises RecipeError where a method that trains one model is asked for two."""
+    if len(recipe.update) > 1:
+        fix = "Choose lora or full; compare two runs with `tunesmith compare`."
+        raise RecipeError(f"method {recipe.method} trains one model a run", where="update", fix=fix)
+
+
+def load_base(recipe: Recipe, world: World, screen: Screen) -> Model:
+    """The base model, announced."""
+    screen.stage("Base model", recipe.base)
+    base = load(recipe.base, world)
+    for note in base.notes:
+        screen.warn(note)
+    size = f"{base.parameters / 1e6:,.0f} M parameters" if base.parameters > 1e6 else f"{base.parameters:,} parameters"
+    screen.line(f"{size}, context {base.vocabulary.context_tokens:,} tokens, {world.device}")
+    return base
+
+
+@contextmanager
+def opened(place: Place, ledger: Iterable[LedgerEntry], facts: Mapping[str, Any]) -> Iterator[None]:
+    """The run folder, held alone by the first rank, with ledger and plan; `facts` are further keys of the plan."""
+    folder, recipe, world = place.folder, place.recipe, place.world
+    if not world.leads:
+        world.barrier()
+        yield
+        return
+    open_run(folder.path, dump_recipe(recipe))
+    with locked(folder):
+        write_jsonl(folder.ledger, ledger)
+        if only_begun(folder) or not folder.plan.is_file():
+            plan = {
+                "machine": machine(world.device),
+                "derived": [],
+                "arms": {},
+                **facts,
+                "root": place.root.resolve(),
+                "files": fingerprints(recipe),
+            }
+            write_json(folder.plan, plan)
+        world.barrier()
+        yield

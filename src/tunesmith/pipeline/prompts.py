@@ -1,0 +1,96 @@
+"""Prompts to learn and to be judged on, from rows of any layout; what else a row holds is its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ..data.curate import SPLITS, Census, census, curate
+from ..data.read import items, read
+from ..data.render import prompt_tokens, render_last
+from ..data.split import split
+from ..errors import DataError
+from ..model.load import Vocabulary
+from ..recipe import Recipe
+from ..screen import Screen
+from ..types import Comparison, Conversation, Example, Item, LedgerEntry, Row
+from .pairs import answered
+from .prepare import answer_room
+
+ANSWER_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """Items of each split, training answers to imitate beside, and the count of what was left out."""
+
+    items: dict[str, tuple[Item, ...]]
+    examples: tuple[Example, ...]
+    max_new_tokens: int
+    longest_tokens: int
+    census: Census
+    ledger: Sequence[LedgerEntry]
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """`data` and `census` of results.json."""
+        total = self.census.total
+        sizes = {name: len(self.items[name]) for name in SPLITS}
+        return {"data": {**sizes, "dropped": total.read - total.kept}, "census": asdict(total)}
+
+
+def prepare_prompts(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> Prompts:
+    """Read, curate and split. Raises DataError that names file and line."""
+    spec = recipe.data
+    whole = split(read(spec.train, spec), spec)
+    if whole.note:
+        screen.line(whole.note)
+    kept, ledger = curate(whole, spec)
+    rows: dict[str, Sequence[Row]] = {name: getattr(kept, name) for name in SPLITS}
+    rows["valid"] = rows["valid"][: recipe.evaluate.valid_rows]
+    rows["test"] = rows["test"][: recipe.evaluate.rows]
+    found = {name: tuple(question(row) for row in part) for name, part in rows.items()}
+    examples = tuple(example(row, vocabulary) for row in rows["train"] if _answer(row))
+    longest = max((int((e.weights > 0).sum()) for e in examples), default=ANSWER_TOKENS)
+    prompts = [len(prompt_tokens(item.prompt, vocabulary.tokenizer, item.tools)) for item in found["train"]]
+    room = recipe.task.max_new_tokens or answer_room(longest)
+    if max(prompts) + room > vocabulary.context_tokens:
+        fix = "Shorten it, or lower task.max_new_tokens."
+        where = rows["train"][int(np.argmax(prompts))].source
+        raise DataError(f"the prompt leaves no room for {room} tokens of answer", where=where, fix=fix)
+    counted = census(whole, kept, ledger)
+    screen.line(
+        f"{len(found['train'])} prompts to learn on, {len(found['valid'])} to choose by, {len(found['test'])} to judge "
+        f"by; answers up to {room} tokens"
+    )
+    return Prompts(
+        items=found,
+        examples=examples,
+        max_new_tokens=room,
+        longest_tokens=max(prompts) + room,
+        census=counted,
+        ledger=ledger,
+    )
+
+
+def question(row: Row) -> Item:
+    """What a row asks; its answer, the chosen one of two, is the reference."""
+    if isinstance(row, Comparison):
+        return Item(prompt=row.prompt, reference=row.chosen.content, id=row.id, extra=row.extra)
+    if not row.prompt:
+        raise DataError("plain text asks nothing", where=row.source, fix="Give rows with a prompt.")
+    (item,) = items([row])
+    return item
+
+
+def example(row: Row, vocabulary: Vocabulary) -> Example:
+    """A row's answer, to be imitated."""
+    conversation = answered(row.prompt, row.chosen, row) if isinstance(row, Comparison) else row
+    return render_last(conversation, vocabulary.tokenizer, vocabulary.eos_ids)
+
+
+def _answer(row: Row) -> bool:
+    return isinstance(row, Comparison) or (isinstance(row, Conversation) and bool(row.completion))

@@ -1,0 +1,275 @@
+"""A reward model from people's choices, and a second one from the other half of them, which judges what the first
+was used for. Each is held against "the longer answer wins" and against its own untrained head."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from ..errors import ModelError
+from ..evaluate.choices import agreement, calibration, longer_wins, right, scores_of, verdict_on_reward, within_lengths
+from ..evaluate.stats import contrast, estimate
+from ..folder import RunFolder, is_run_folder, read_json, write_json, write_jsonl
+from ..methods.annotate import Group
+from ..methods.order import EpochSteps
+from ..methods.reward import BradleyTerry, read_there, rewards
+from ..model.adapters import load_adapter, save_adapter, save_model
+from ..model.load import Model, load
+from ..model.values import attach_value_head, load_value_head, normalise, save_value_head, without_value_head
+from ..recipe import load_recipe
+from ..train.meter import machine, release_memory, reset_peak_memory
+from ..train.plan import Settings, derive
+from ..types import Measurement
+from ..world import World
+from .begin import Place, load_base, needs_held_out, one_update, opened
+from .loop import Undertaking, carry_out
+from .pairs import Pairs, halves, margin, prepare_pairs, scored_pairs
+from .tune import account, attach, optimization, planned
+
+REWARD, JUDGE = "reward", "judge"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """A reward model on the test pairs: scores [pairs 2] before and after training, and what training took.
+
+    `deviation` is what its own scores were divided by: differences times it are what it takes for log-odds.
+    """
+
+    scores: np.ndarray
+    untrained: np.ndarray
+    deviation: float
+    train: Mapping[str, Any]
+    pairs: int
+
+
+def learn_reward(place: Place) -> None:
+    """Train one or two reward models and write results.json."""
+    recipe, world, folder = place.recipe, place.world, place.folder
+    needs_held_out(recipe)
+    one_update(recipe)
+    base = load_base(recipe, world, place.screen)
+    place.screen.stage("Data", recipe.data.train)
+    pairs = prepare_pairs(recipe, base.vocabulary, place.screen)
+    groups = scored_pairs(pairs.rows["train"], pairs.groups["train"], recipe.preference)
+    shares = dict(zip((REWARD, JUDGE), halves(pairs.rows["train"], recipe.data.seed), strict=True))
+    if not recipe.preference.halves:
+        shares = {REWARD: list(range(len(groups)))}
+    del base
+    with opened(place, pairs.ledger, {}):
+        judged = {}
+        for number, (name, share) in enumerate(shares.items()):
+            place.screen.stage("Training", f"{name} model on {len(share)} of {len(groups)} pairs")
+            judged[name] = _learned(place, name, [groups[i] for i in share], pairs, recipe.train.seed + number)
+        if world.leads:
+            place.screen.stage("Verdict")
+            _write_answers(folder, pairs, judged)
+            write_json(folder.results, _results(place, pairs, judged))
+        world.barrier()
+
+
+def load_reward(name: str, which: str, world: World) -> Model:
+    """The model that a finished reward run made, with its head. Raises ModelError for anything else."""
+    path = Path(name)
+    fix = "Name the folder of a finished run with method: reward."
+    if not is_run_folder(path) or not (path / "results.json").is_file():
+        raise ModelError("not a finished run", where=f"reward: {name}", fix=fix)
+    recipe = load_recipe(path / "recipe.yaml")
+    if recipe.method != "reward":
+        raise ModelError(f"a run with method {recipe.method}, which gives no scores", where=f"reward: {name}", fix=fix)
+    made = path / which
+    if not made.is_dir():
+        fix = "Run it with preference.halves: true, or name another run as reward.judge."
+        raise ModelError(f"the run has no {which} model", where=f"reward: {name}", fix=fix)
+    if recipe.update == ["full"]:
+        model = load(str(made), world)
+    else:
+        model = load(recipe.base, world)
+        load_adapter(model, made)
+    load_value_head(model, made)
+    for parameter in model.hf.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def _learned(place: Place, name: str, groups: Sequence[Group], pairs: Pairs, seed: int) -> Judged:
+    """Train one model, or read what an earlier process found of it."""
+    recipe, folder, world, screen = place.recipe, place.folder, place.world, place.screen
+    record = folder.path / "trained" / f"{name}.json"
+    if record.is_file():
+        screen.line(f"the {name} model was trained before")
+        known = read_json(record)
+        return Judged(
+            scores=np.array(known["scores"]),
+            untrained=np.array(known["untrained"]),
+            deviation=known["deviation"],
+            train=known["train"],
+            pairs=known["pairs"],
+        )
+    model = load(recipe.base, world)
+    settings = derive(recipe, recipe.update[0], model, [e for group in groups for e in group], rows=len(groups))
+    shape = attach(recipe, recipe.update[0], model, settings)
+    attach_value_head(model, seed=seed)
+    untrained = pair_rewards(model, pairs.groups["test"] if name == REWARD else [])
+    train = _fitted(place, name, model, settings, groups, pairs, seed)
+    reference = pair_rewards(model, pairs.groups["valid"][: recipe.evaluate.valid_rows])
+    deviation = float(reference.std()) or 1.0
+    normalise(model, float(reference.mean()), deviation)
+    scores = pair_rewards(model, pairs.groups["test"])
+    found = Judged(scores=scores, untrained=untrained, deviation=deviation, train=train, pairs=len(groups))
+    if world.leads:
+        with without_value_head(model) as head:
+            if recipe.update == ["lora"]:
+                save_adapter(model, shape, folder.path / name, lambda made: save_value_head(head, made))
+            else:
+                save_model(model, folder.path / name, lambda made: save_value_head(head, made))
+        write_json(record, asdict(found))
+    world.barrier()
+    return found
+
+
+def _fitted(
+    place: Place, name: str, model: Model, settings: Settings, groups: Sequence[Group], pairs: Pairs, seed: int
+) -> dict[str, Any]:
+    """Train to the best validation loss; what it took."""
+    recipe, folder, world, screen, update = (
+        place.recipe,
+        place.folder,
+        place.world,
+        place.screen,
+        place.recipe.update[0],
+    )
+    source = EpochSteps(
+        groups,
+        batch=settings.batch,
+        epochs=settings.epochs,
+        budget_tokens=settings.microbatch_tokens,
+        world=world,
+        seed=seed,
+        max_steps=recipe.train.max_steps,
+        packs=model.packs,
+        finish=read_there,
+    )
+    sizes = [sum(len(example.tokens) for example in group) for group in groups]
+    prediction = planned(folder, name, update, settings, source, BradleyTerry(), model, sizes, screen, world)
+    valid = pairs.groups["valid"][: recipe.evaluate.valid_rows]
+    margins = np.array([margin(row, recipe.preference) for row in pairs.rows["valid"][: len(valid)]])
+    reset_peak_memory()
+    work = Undertaking(
+        name=name,
+        model=model,
+        source=source,
+        loss=BradleyTerry(),
+        how=optimization(recipe, settings),
+        watch=lambda step: _look(model, valid, margins, world),
+        decides="valid_loss",
+        describe=lambda line: f"validation loss {line['valid_loss']:.4f}, accuracy {line['valid_metric']:.3f}",
+        evaluations=recipe.train.evaluations,
+        patience=recipe.train.patience,
+    )
+    outcome = carry_out(work, folder, world, screen)
+    return account(folder, name, update, model, settings, outcome, sizes, prediction, world)
+
+
+def pair_rewards(model: Model, groups: Sequence[Group]) -> np.ndarray:
+    """Rewards [pairs 2], the chosen answers' first."""
+    return rewards(model, [example for group in groups for example in group]).reshape(-1, 2)
+
+
+def _look(model: Model, valid: Sequence[Group], margins: np.ndarray, world: World) -> dict[str, float]:
+    """Loss in nats a pair and accuracy on validation pairs; measured on the first rank, known to all."""
+    loss = accuracy = 0.0
+    release_memory()
+    if world.leads:
+        scores = pair_rewards(model, valid)
+        loss = float(np.logaddexp(0, -(scores[:, 0] - scores[:, 1] - margins)).mean())
+        accuracy = float(right(scores).mean())
+    release_memory()
+    loss, accuracy = world.sum([loss, accuracy])
+    return {"valid_loss": loss, "valid_metric": accuracy}
+
+
+def _results(place: Place, pairs: Pairs, judged: Mapping[str, Judged]) -> dict[str, Any]:
+    """The content of results.json."""
+    recipe = place.recipe
+    level, seed = recipe.evaluate.level, recipe.evaluate.seed
+    tokens = np.array([[int((e.weights > 0).sum()) for e in group] for group in pairs.groups["test"]])
+    scores = judged[REWARD].scores
+    by_arm = {
+        **{name: right(one.scores) for name, one in judged.items()},
+        "length": longer_wins(tokens),
+        "untrained": right(judged[REWARD].untrained),
+    }
+    ids = tuple(row.id for row in pairs.rows["test"])
+    measured = {name: _measurement(name, ids, values) for name, values in by_arm.items()}
+    others = [name for name in ("length", "untrained", JUDGE) if name in measured]
+    contrasts = [contrast(measured[REWARD], measured[name], "pair_accuracy", level, seed) for name in others]
+    accuracy = {name: estimate(values, level, seed) for name, values in by_arm.items()}
+    return {
+        "schema": 1,
+        "tunesmith": __version__,
+        "method": "reward",
+        "base": recipe.base,
+        "task": {"metric": "pair_accuracy"},
+        "verdict": asdict(verdict_on_reward(accuracy[REWARD], contrasts[0])),
+        "subject": REWARD,
+        "models": {
+            name: {
+                "pair_accuracy": asdict(accuracy[name]),
+                "pairs": one.pairs,
+                "train": {key: value for key, value in one.train.items() if key != "predicted"},
+            }
+            for name, one in judged.items()
+        },
+        "baselines": {name: {"pair_accuracy": asdict(accuracy[name])} for name in ("length", "untrained")},
+        "contrasts": [asdict(one) for one in contrasts],
+        **({"agreement": asdict(agreement(scores, judged[JUDGE].scores, level, seed))} if JUDGE in judged else {}),
+        "calibration": calibration(scores * judged[REWARD].deviation, level, seed),
+        "by_length": within_lengths(scores, tokens, level, seed),
+        "scores": scores_of(scores),
+        "plan": {
+            name: {
+                "predicted": one.train["predicted"],
+                "measured": {key: one.train[key] for key in ("seconds", "peak_memory_bytes", "flops")},
+            }
+            for name, one in judged.items()
+        },
+        "test_reads": 1,
+        **pairs.counts,
+        "machine": machine(place.world.device),
+        "seconds": time.monotonic() - place.started,
+    }
+
+
+def _measurement(arm: str, ids: tuple[str, ...], values: np.ndarray) -> Measurement:
+    nothing = np.zeros(len(ids), dtype=np.int64)
+    return Measurement(
+        arm=arm,
+        ids=ids,
+        answers=("",) * len(ids),
+        scores={"pair_accuracy": values},
+        prompt_tokens=nothing,
+        completion_tokens=nothing,
+        seconds=0.0,
+    )
+
+
+def _write_answers(folder: RunFolder, pairs: Pairs, judged: Mapping[str, Judged]) -> None:
+    for name, one in judged.items():
+        lines = [
+            {
+                "id": row.id,
+                "prompt": [{"role": message.role, "content": message.content} for message in row.prompt],
+                "chosen": row.chosen.content,
+                "rejected": row.rejected.content,
+                "scores": {"chosen": float(chosen), "rejected": float(rejected)},
+            }
+            for row, (chosen, rejected) in zip(pairs.rows["test"], one.scores, strict=True)
+        ]
+        write_jsonl(folder.answers(name), lines)

@@ -1,0 +1,256 @@
+"""Choices to a reward model to a policy, with everything the real run does, on a model of 90 thousand weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from tunesmith.errors import FolderError, ModelError, RecipeError, TunesmithError
+from tunesmith.folder import RunFolder, read_json, read_jsonl
+from tunesmith.methods.rollout import read_rollout
+from tunesmith.model.adapters import load_adapter
+from tunesmith.model.load import load, resolve
+from tunesmith.pipeline import tune
+from tunesmith.pipeline.pairs import halves
+from tunesmith.pipeline.reward import JUDGE, REWARD, load_reward, pair_rewards
+from tunesmith.pipeline.run import run
+from tunesmith.recipe import parse_recipe
+from tunesmith.train.fit import fit as true_fit
+from tunesmith.types import Comparison, Message
+from tunesmith.world import World
+
+Raw = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def choices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Choices that a tiny model can learn: capitals are better."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=4)) for _ in range(160)]
+    rows = [{"prompt": f"Say {n % 40}", "chosen": w.upper(), "rejected": w} for n, w in enumerate(words)]
+    path = tmp_path_factory.mktemp("choices") / "choices.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def common(tiny_model_folder: Path, choices: Path) -> Raw:
+    return {
+        "base": str(tiny_model_folder),
+        "data": {"train": str(choices), "valid": 0.15, "test": 0.15, "near_duplicates": 1.0},
+        "train": {"learning_rate": 0.01, "evaluations": 2},
+        "evaluate": {"forgetting": False, "rows": 16, "valid_rows": 8},
+        "lora": {"rank": 4},
+    }
+
+
+@pytest.fixture(scope="session")
+def reward_run(common: Raw, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    out = tmp_path_factory.mktemp("reward") / "run"
+    return run(parse_recipe({**common, "method": "reward", "out": str(out)}))
+
+
+@pytest.fixture
+def policy(common: Raw, reward_run: RunFolder, tmp_path: Path) -> Callable[..., Raw]:
+    """A recipe for a policy; keys may be replaced."""
+
+    def recipe(method: str, **keys: Any) -> Raw:
+        few = {"rollouts": 3, "prompts": 4, "group": 3}
+        base = {
+            **common,
+            "method": method,
+            "reward": str(reward_run.path),
+            "policy": few,
+            "task": {"max_new_tokens": 6},
+        }
+        return {**base, "out": str(tmp_path / method), **keys}
+
+    return recipe
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
+
+
+def test_a_reward_model_learns_what_people_chose_and_says_how_surely(reward_run: RunFolder) -> None:
+    results = read_json(reward_run.results)
+    assert results["models"][REWARD]["pair_accuracy"]["value"] > 0.9
+    assert results["models"][JUDGE]["pair_accuracy"]["value"] > 0.9
+    assert results["verdict"]["decision"] == "ship"
+    assert results["baselines"]["length"]["pair_accuracy"]["value"] == 0.5
+    assert reward_run.report.is_file()
+
+
+def test_reward_and_judge_learn_from_disjoint_halves(choices: Path) -> None:
+    lines = choices.read_text(encoding="utf-8").splitlines()
+    rows = [
+        Comparison(
+            prompt=(Message(role="user", content=json.loads(line)["prompt"]),),
+            chosen=Message(role="assistant", content="a"),
+            rejected=Message(role="assistant", content="b"),
+            id=str(number),
+            source=f"rows:{number}",
+        )
+        for number, line in enumerate(lines)
+    ]
+    first, second = halves(rows, seed=0)
+    assert sorted(first + second) == list(range(len(rows)))
+    assert not {rows[i].prompt for i in first} & {rows[i].prompt for i in second}
+
+
+def test_scores_of_reference_answers_have_mean_0_and_variance_1(reward_run: RunFolder, common: Raw) -> None:
+    from tunesmith.pipeline.pairs import prepare_pairs
+    from tunesmith.screen import Screen
+
+    model = load_reward(str(reward_run.path), REWARD, World())
+    recipe = parse_recipe({**common, "method": "reward"})
+    valid = prepare_pairs(recipe, model.vocabulary, Screen(quiet=True)).groups["valid"][:8]
+    scores = pair_rewards(model, valid)
+    assert abs(scores.mean()) < 1e-4
+    assert abs(scores.std() - 1) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["dpo", "ppo", "grpo"])
+def test_a_policy_run_ends_with_a_judged_model(policy: Callable[..., Raw], method: str) -> None:
+    folder = run(parse_recipe(policy(method)))
+    results = read_json(folder.results)
+    assert results["task"]["metric"] == "judge_score"
+    assert results["win_rate_by"] == "judge"
+    assert next(point["step"] for point in results["curve"]) == 0
+    assert sum(point["chosen"] for point in results["curve"]) == 1
+    assert len(read_jsonl(folder.answers("lora"))) == results["data"]["test"] == 16
+    assert ("rollouts" in results) == (method != "dpo")
+    assert (folder.adapter / "adapter_model.safetensors").is_file()
+    assert folder.report.is_file()
+    assert run(parse_recipe(policy(method))).path == folder.path
+
+
+def test_full_tuning_keeps_a_frozen_copy_as_its_reference(policy: Callable[..., Raw]) -> None:
+    folder = run(parse_recipe(policy("ppo", update="full")))
+    results = read_json(folder.results)
+    assert results["kl"]["value"] != 0.0
+    (weights,) = folder.model.glob("*.safetensors")
+    with safe_open(weights, "numpy") as file:
+        assert not [name for name in file.keys() if name.startswith("value_head")]  # noqa: SIM118
+    assert load(str(folder.model), World()).packs
+
+
+@pytest.mark.parametrize("method", ["dpo", "ppo", "grpo"])
+def test_a_killed_policy_run_ends_with_the_same_weights(
+    policy: Callable[..., Raw], method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        for number, done in enumerate(true_fit(*args, **kwargs), start=1):
+            yield done
+            if number == 2:
+                raise Killed
+
+    from functools import partial
+
+    monkeypatch.setattr(tune, "Optimization", partial(tune.Optimization, checkpoint_seconds=0.0))
+    whole = run(parse_recipe(policy(method, out=str(tmp_path / "whole"))))
+    with monkeypatch.context() as patched:
+        patched.setattr("tunesmith.pipeline.loop.fit", dies)
+        with pytest.raises(Killed):
+            run(parse_recipe(policy(method, out=str(tmp_path / "again"))))
+    again = run(parse_recipe(policy(method, out=str(tmp_path / "again"))))
+    assert hashes(whole.adapter) == hashes(again.adapter)
+    assert read_json(whole.results)["curve"] == read_json(again.results)["curve"]
+
+
+def test_every_rollout_is_kept_and_grpo_leaves_out_groups_that_say_nothing(
+    policy: Callable[..., Raw], tmp_path: Path
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("def same(answer, item):\n    return 1.0\n", encoding="utf-8")
+    folder = run(parse_recipe(policy("grpo", reward=f"{own}:same")))
+    rollouts = sorted((folder.path / "rollouts" / "lora").glob("*.safetensors"))
+    assert len(rollouts) == 3
+    groups, statistics = read_rollout(rollouts[0])
+    assert statistics["alike"] == 4.0
+    assert all(not np.any(example.extra["advantages"]) for group in groups for example in group)
+    assert read_json(folder.results)["task"]["metric"] == "reward"
+
+
+def test_a_reward_function_that_throws_is_counted_and_the_run_goes_on(
+    policy: Callable[..., Raw], tmp_path: Path
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("def throws(answer, item):\n    raise KeyError(answer)\n", encoding="utf-8")
+    folder = run(parse_recipe(policy("grpo", reward=f"{own}:throws")))
+    assert {line["unscored"] for line in read_json(folder.results)["rollouts"]} == {12.0}
+
+
+def test_a_run_is_the_base_of_the_next(policy: Callable[..., Raw], tiny_model_folder: Path) -> None:
+    first = run(parse_recipe(policy("dpo")))
+    merged = load(str(first.path), World())
+    adapted = load(str(tiny_model_folder), World())
+    load_adapter(adapted, first.adapter)
+    import torch
+
+    tokens = torch.arange(1, 30)[None]
+    with torch.no_grad():
+        one = merged.body(input_ids=tokens, position_ids=torch.arange(29)[None], attend=_alone(29)).last_hidden_state
+        two = adapted.body(input_ids=tokens, position_ids=torch.arange(29)[None], attend=_alone(29)).last_hidden_state
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+    assert resolve(str(first.path)) == first.path / "merged"
+
+
+def _alone(length: int) -> Any:
+    from tunesmith.model.attention import PackedAttention
+    from tunesmith.tensors import Layout
+
+    return PackedAttention(Layout(lengths=(length,), parents=(-1,)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"reward": ""}, "needs a reward"),
+        ({"reward": "nowhere"}, "not a finished run"),
+        ({"update": ["lora", "full"]}, "trains one model"),
+        ({"reward": "own.py:nothing"}, "no such file"),
+    ],
+)
+def test_a_policy_without_what_it_needs_is_refused_before_a_folder_is_made(
+    policy: Callable[..., Raw], keys: Raw, said: str
+) -> None:
+    raw = policy("ppo", **keys)
+    with pytest.raises(TunesmithError, match=said):
+        run(parse_recipe(raw))
+    assert not Path(raw["out"]).exists()
+
+
+def test_a_reward_model_is_no_base(policy: Callable[..., Raw], reward_run: RunFolder) -> None:
+    with pytest.raises(ModelError, match="gives scores, not answers"):
+        run(parse_recipe(policy("dpo", base=str(reward_run.path))))
+
+
+def test_single_answers_are_no_choices(common: Raw, tiny_rows: Path, tmp_path: Path) -> None:
+    data = {"train": str(tiny_rows)}
+    with pytest.raises(RecipeError, match="choices between two"):
+        run(parse_recipe({**common, "data": data, "method": "reward", "out": str(tmp_path / "run")}))
+
+
+def test_a_margin_that_is_no_number_names_its_row(common: Raw, choices: Path, tmp_path: Path) -> None:
+    raw = {**common, "method": "reward", "preference": {"margin": "gap"}, "out": str(tmp_path / "run")}
+    with pytest.raises(TunesmithError, match="no number in the column 'gap'") as caught:
+        run(parse_recipe(raw))
+    assert f"{choices}:" in str(caught.value)
+
+
+def test_a_policy_run_with_another_reward_is_another_run(policy: Callable[..., Raw], tmp_path: Path) -> None:
+    run(parse_recipe(policy("dpo")))
+    with pytest.raises(FolderError):
+        run(parse_recipe(policy("dpo", reward="")))
