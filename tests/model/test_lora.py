@@ -6,19 +6,24 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from tunesmith.data.pack import pack_one
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import load_adapter, save_adapter, save_model
 from tunesmith.model.attention import PackedAttention
 from tunesmith.model.linear import Linear
 from tunesmith.model.load import Model, load
 from tunesmith.model.lora import LoraShape, adapters_off, attach_lora, lora_layers, merge_lora
+from tunesmith.model.sample import Sampling, sample
+from tunesmith.model.score import score
 from tunesmith.tensors import Layout
+from tunesmith.types import Example
 from tunesmith.world import World
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by peft
@@ -212,3 +217,22 @@ def test_a_saved_model_answers_bit_for_bit(fresh_model: Model, tmp_path: Path) -
     assert torch.equal(logits(again), logits(fresh_model))
     assert again.eos_ids == fresh_model.eos_ids
     assert again.tokenizer.chat_template == fresh_model.tokenizer.chat_template
+
+
+def test_answers_drawn_with_merged_weights_have_the_adapters_log_probs_and_leave_no_trace(
+    tiny_model_folder: Path,
+) -> None:
+    model = load(str(tiny_model_folder), World())
+    attach_lora(model.hf, LoraShape(rank=4, alpha=8.0), head=model.head)
+    with torch.no_grad():
+        for layer in lora_layers(model.hf).values():
+            layer.lora_b.normal_(generator=torch.Generator().manual_seed(1))
+    before = {name: tensor.clone() for name, tensor in model.hf.state_dict().items()}
+    prompt = np.arange(3, 15)
+    (answer,) = sample(model, [prompt], Sampling(max_new_tokens=6, temperature=1.0))
+    tokens = np.concatenate([prompt, answer.tokens])
+    weights = (np.arange(len(tokens)) >= len(prompt)).astype(np.float32)
+    scored = score(model, pack_one([Example(tokens=tokens, weights=weights, id="one")])).log_probs
+    np.testing.assert_allclose(answer.log_probs, scored.detach().numpy(), atol=1e-4)
+    after = model.hf.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

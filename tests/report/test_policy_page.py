@@ -76,7 +76,7 @@ def write_answers(folder: Path, tuned: tuple[str, ...] = TUNED_ANSWERS) -> dict[
         lines = [
             {
                 "id": f"{row:04x}",
-                "prompt": f"Write a line about {SUBJECTS[row % 4]} ({row}).",
+                "prompt": [{"role": "user", "content": f"Write a line about {SUBJECTS[row % 4]} ({row})."}],
                 "reference": "",
                 "answer": texts[row % 4],
                 "scores": {name: float(values[row]) for name, values in found[arm].items()},
@@ -199,7 +199,7 @@ def test_the_same_run_gives_the_same_page(page: str, record: RunRecord) -> None:
     [
         "of 250 held-out prompts by the judge (95% interval 82.6 to 91.0), 11.8 nats per sequence away from it.",
         "General loss changed by +0.048 nats per token, within the limit of 0.2.",
-        "Chosen at 12.1 nats: judge +0.802, proxy +1.400; after it the proxy rose and the judge fell",
+        "Chosen at 12.1 nats: judge +0.802, proxy +1.400; farthest out the proxy was higher, the judge lower",
         "Answers went from 19 to 24 tokens",
         "judge score",
         "cut off",
@@ -225,7 +225,7 @@ def test_examples_show_both_answers_to_one_prompt_with_their_scores(
     gains = {row: tuned[row]["scores"]["judge_score"] - base[row]["scores"]["judge_score"] for row in base}
     text = text_of(page)
     for row in (max(gains, key=lambda row: gains[row]), min(gains, key=lambda row: gains[row])):
-        assert base[row]["prompt"] in text
+        assert f"prompt {base[row]['prompt'][0]['content']} " in text
         for line in (base[row], tuned[row]):
             assert f"judge score {line['scores']['judge_score']:.3f}".replace("-", "−") in text
 

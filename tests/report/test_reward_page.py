@@ -193,6 +193,7 @@ def test_recorded_pairs_are_shown_with_the_surest_mistakes_first(
     (folder / "answers" / "reward.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = outline(write_report(folder).read_text(encoding="utf-8"))
     words = " ".join(" ".join(found.words).split())
+    assert words.index("Test pairs") < words.index("Reproduce")
     assert words.index("surest mistake prompt Say") < words.index("film 39.") < words.index("drawn at random")
     assert "25 chosen as people did (62%)" in words
     assert ATTACK in words

@@ -128,6 +128,27 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
             layer.enabled = True
 
 
+@contextmanager
+@torch.no_grad()
+def merged(module: nn.Module) -> Iterator[None]:
+    """Adapters added to their weights inside the `with` block: one product a layer while answers are drawn.
+
+    The weights themselves are put aside and back, so not a bit of them changes.
+    """
+    layers = [layer for layer in lora_layers(module).values() if layer.enabled]
+    aside = [layer.weight.data for layer in layers]
+    for layer in layers:
+        low_rank = product(layer.lora_b, layer.lora_a.T)
+        layer.weight.data = low_rank.mul_(layer.scale).add_(layer.weight).to(layer.weight.dtype)
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, aside, strict=True):
+            layer.weight.data = weight
+            layer.enabled = True
+
+
 @torch.no_grad()
 def merge_lora(module: nn.Module) -> None:
     """Add every adapter to its weights, W + s B A, and leave plain Linear layers."""

@@ -20,6 +20,7 @@ from ..types import Completion, Stop
 from .attention import PackedAttention
 from .linear import product
 from .load import Model
+from .lora import merged
 
 PREFILL_TOKENS = 2048
 
@@ -136,8 +137,16 @@ def sample(
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Completion]:
     """One Completion for each prompt, in order. `progress` is told how many are finished."""
-    if not model.packs:
+    with merged(model.hf):
+        if model.packs:
+            return _sample_together(model, prompts, how, progress)
         return [_sample_plainly(model, prompt, how, place) for place, prompt in enumerate(prompts)]
+
+
+def _sample_together(
+    model: Model, prompts: Sequence[np.ndarray], how: Sampling, progress: Callable[[int], None]
+) -> list[Completion]:
+    """Rows decoded side by side; a finished row's slot goes to the next prompt."""
     shared = _shared_prefix(prompts)
     longest = max((len(prompt) - shared for prompt in prompts), default=0)
     cache = Cache(min(how.batch, len(prompts)), longest + how.max_new_tokens)

@@ -56,7 +56,7 @@ def arms_chart(run: RunRecord) -> Chart | None:
         chance = scale * _CHANCE[metric] if metric in _CHANCE else None
         low = min(low, chance or 0.0) if metric in words.SHARES else low - 0.05 * (high - low)
         if chance:
-            axes.axvline(chance, color=INK, linewidth=1)
+            axes.axvline(chance, color=MUTED, linewidth=1, linestyle=":")
             low -= 0.03 * (high - low)
         axes.set_xlim(low, high + 0.17 * (high - low or 1.0))
         axes.set_xlabel(f"{_axis_label(metric)}, {basis(rows[0][1])}")

@@ -104,9 +104,11 @@ def tally(counts: Mapping[str, int]) -> list[tuple[str, int, str]]:
 
 
 def prompt_text(prompt: Any) -> str:
-    """A prompt as text: a list of messages becomes `role: content` lines."""
+    """A prompt as text: a list of messages becomes `role: content` lines, or the content where there is but one."""
     if not isinstance(prompt, list):
         return "" if prompt is None else str(prompt)
+    if len(prompt) == 1:
+        return str(part(prompt[0], "content"))
     return "\n".join(f"{part(message, 'role')}: {part(message, 'content')}" for message in prompt)
 
 

@@ -47,7 +47,7 @@ _ROLLOUTS = (
 
 def over_optimisation_chart(run: RunRecord) -> Chart | None:
     """Proxy and judge on validation prompts against KL from the base, the chosen checkpoint marked."""
-    points = _with(run.lines("curve"), "kl")
+    points = _by_distance(run)
     drawn = {key: kept for key in _LOOKS if len(kept := _with(points, key)) > 1}
     if not drawn:
         return None
@@ -67,12 +67,12 @@ def over_optimisation_chart(run: RunRecord) -> Chart | None:
         axes.set_ylabel("mean score, validation prompts")
         figure.legend(loc="outside lower center", ncols=2)
         told = _told([Panel(key=key, label=words.metric_label(key)) for key in drawn], points)
-        return finish(figure, "over-optimisation", _followed(points), f"Mean score against KL from the base: {told}")
+        return finish(figure, "over-optimisation", _followed(run), f"Mean score against KL from the base: {told}")
 
 
 def side_effects_chart(run: RunRecord) -> Chart | None:
     """Win rate, length and repetition over the same distance."""
-    points = _with(run.lines("curve"), "kl")
+    points = _by_distance(run)
     panels = _drawable(_SIDE_EFFECTS, points)
     if not panels:
         return None
@@ -100,8 +100,9 @@ def rollouts_chart(run: RunRecord) -> Chart | None:
         return finish(figure, "rollouts", title, _told(panels, points))
 
 
-def _followed(points: Sequence[Json]) -> str:
-    """What the chosen checkpoint gained by proxy and by judge, and whether the two parted after it."""
+def _followed(run: RunRecord) -> str:
+    """What the chosen checkpoint gained by proxy and by judge, and whether the two had parted at the farthest look."""
+    points = _by_distance(run)
     proxy_key = next((key for key in _PROXIES if _with(points, key)), _PROXIES[0])
     chosen, both = _chosen(points), _with(_with(points, "judge_score"), proxy_key)
     if not _with(points, "judge_score"):
@@ -112,7 +113,7 @@ def _followed(points: Sequence[Json]) -> str:
     judge, proxy = (words.difference_text(key, chosen[key] - first[key]) for key in ("judge_score", proxy_key))
     title = f"Chosen at {chosen['kl']:.1f} nats: judge {judge}, proxy {proxy}"
     if last["judge_score"] < chosen["judge_score"] and last[proxy_key] > chosen[proxy_key]:
-        title += "; after it the proxy rose and the judge fell"
+        title += "; farthest out the proxy was higher, the judge lower"
     return title
 
 
@@ -165,6 +166,11 @@ def _told(panels: Sequence[Panel], points: Sequence[Json]) -> str:
     ends = ((panel, _with(points, panel.key)) for panel in panels)
     told = (f"{p.label} from {p.scale * k[0][p.key]:.3g} to {p.scale * k[-1][p.key]:.3g}" for p, k in ends)
     return f"{'; '.join(told)}.".replace("-", words.MINUS)
+
+
+def _by_distance(run: RunRecord) -> list[Json]:
+    """The looks at validation prompts, nearest to the base first."""
+    return sorted(_with(run.lines("curve"), "kl"), key=lambda point: point["kl"])
 
 
 def _chosen(points: Sequence[Json]) -> Json | None:

@@ -22,6 +22,7 @@ _SECTIONS = {
     "training": "Training",
     "plan": "Plan",
     "data": "Data",
+    "examples": "Test pairs",
     "reproduce": "Reproduce",
 }
 _METRIC = "pair_accuracy"
@@ -31,16 +32,13 @@ _LABEL_CHARACTERS = 26
 def reward_page(run: RunRecord) -> Page:
     """What training a reward model found."""
     pairs = _shown_pairs(run)
-    sections = dict(_SECTIONS)
-    if pairs:
-        sections = {**sections, "examples": "Examples", "reproduce": sections.pop("reproduce")}
     return Page(
         template="reward_page.html.j2",
         finding=_finding(run),
         reasons=findings.reasons(run),
         tiles=_tiles(run),
         brief=tables.brief_table(run, {"trained on pairs": lambda arm: words.count(part(run.arms, arm, "pairs"))}),
-        sections=sections,
+        sections={name: label for name, label in _SECTIONS.items() if pairs or name != "examples"},
         charts={"calibration": calibration_chart(run), "by_length": by_length_chart(run)},
         tables={"calibration": _calibration_table(run), "answers": _answers_table(run)},
         more={
@@ -85,7 +83,9 @@ def by_length_chart(run: RunRecord) -> Chart | None:
         for y, (_, score) in enumerate(reversed(rows)):
             draw_interval(axes, y, score, 100, color=TUNED, marker="D")
             draw_note(axes, 100 * score.high, y, words.metric_text(_METRIC, score.value))
-        labels = [f"{label} (n = {words.count(score.n)})" for label, score in reversed(rows)]
+        labels = [
+            f"{label} {words.NO_BREAK.join(['(n', '=', words.count(score.n)])})" for label, score in reversed(rows)
+        ]
         label_rows(axes, [textwrap.fill(label, _LABEL_CHARACTERS) for label in labels])
         low, high = min(50.0, *(100 * score.low for _, score in rows)), max(100 * score.high for _, score in rows)
         axes.set_xlim(low - 0.04 * (high - low), high + 0.2 * (high - low or 1.0))
