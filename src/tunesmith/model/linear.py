@@ -1,7 +1,8 @@
 """Linear layers whose matrix products run at the machine's rate.
 
-PyTorch sends float32 products on a CPU to MKL, which on AMD processors stays at AVX2; oneDNN, in the same build, uses
-AVX-512 where the processor has it (docs/speed.md: 2.2 times on such a machine, never slower). Both are true float32.
+PyTorch sends float32 products on a CPU to MKL, which on AMD processors stays at AVX2. oneDNN, in the same build, uses
+AVX-512 where the processor has it; without it, it is the slower of the two, but for very wide outputs. A few rows go
+faster as columns. Every way is true float32; docs/speed.md has the rates on both kinds of machine.
 """
 
 from __future__ import annotations
@@ -14,11 +15,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
+ONEDNN = torch.backends.mkldnn.is_available()
+WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+FEW_ROWS, MANY_COLUMNS = 64, 16_384
+
+
 def product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
     """x @ weight.T without autograd. `weight` may be a transposed view."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[0] and torch.backends.mkldnn.is_available():
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.shape[0]:
+        return x @ weight.T
+    if ONEDNN and (WIDE_VECTORS or weight.shape[0] >= MANY_COLUMNS):
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return x @ weight.T
+    return (weight @ x.T).T if 1 < x.shape[0] <= FEW_ROWS else x @ weight.T
 
 
 class _Linear(torch.autograd.Function):
