@@ -1,8 +1,9 @@
 """Answers from the model: batched generation with a key-value cache, on the same weights and numerics as training.
 
-What all prompts begin with (a system prompt, instructions, shots) is computed once. Finished rows leave at once and the
-next prompts take their place. Greedy at temperature 0; otherwise row i's random numbers depend on (seed, i) alone, so
-the order in which rows are batched never changes what is drawn.
+`sample` answers a list of prompts, `serve/engine.py` whoever asks next; both move the same `Live` rows. What all
+prompts of a list begin with (a system prompt, instructions, shots) is computed once. Finished rows leave at once and
+the next prompts take their place. Greedy at temperature 0; otherwise row i's random numbers depend on (seed, i) alone,
+so the order in which rows are batched never changes what is drawn.
 """
 
 from __future__ import annotations
@@ -36,14 +37,29 @@ class Sampling:
     batch: int = 32
 
 
-@dataclass(slots=True)
-class _Row:
-    """One answer in the making."""
+@dataclass(slots=True, eq=False)
+class Row:
+    """One answer in the making, to `prompt` (what the cache's prefix holds left out).
 
-    place: int
-    uniforms: np.ndarray
+    `place` chooses its random numbers. Of each token's `alternatives` likeliest rivals, ids and log-probabilities are
+    kept in `rivals`. `adapter` means something to who routes (see Route).
+    """
+
+    prompt: Int[np.ndarray, "P"]
+    how: Sampling
+    place: int = 0
+    adapter: str = ""
+    alternatives: int = 0
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    rivals: list[list[tuple[int, float]]] = field(default_factory=list)
+    uniforms: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.uniforms = _uniforms(self.how, self.place)
+
+
+Route = Callable[[Sequence[Row], Sequence[int]], None]
 
 
 class Cache:
@@ -129,6 +145,70 @@ class _Decode:
         return logits.masked_fill(far[:, None, None], float("-inf"))
 
 
+def _one_model(rows: Sequence[Row], counts: Sequence[int]) -> None:
+    """The Route of a model that answers every row."""
+
+
+class Live:
+    """Rows that are answered side by side: `admit` begins some, `advance` draws a token for each, `leave` frees a slot.
+
+    `route` hears before each forward pass which rows are in the stream, and how many of its tokens are each one's.
+    """
+
+    def __init__(self, model: Model, slots: int, capacity: int, route: Route = _one_model) -> None:
+        self.model, self.route = model, route
+        self.cache = Cache(slots, capacity)
+        self.rows: list[Row] = []
+        self.lengths: list[int] = []
+        self.shared = 0
+
+    @property
+    def free(self) -> int:
+        """Slots without a row."""
+        return self.cache.rows - len(self.rows)
+
+    @torch.no_grad()
+    def share(self, prefix: Int[np.ndarray, "P"]) -> None:
+        """Compute what every later prompt continues. Only before the first `admit`."""
+        self.shared = len(prefix)
+        _forward(self.model, prefix, np.arange(self.shared), _Prefill(self.cache, _alone([self.shared]), None))
+
+    @torch.no_grad()
+    def admit(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Prefill the rows' prompts, one stream for all, draw their first tokens, and return the rows."""
+        counts = [len(row.prompt) for row in rows]
+        layout = _alone(counts)
+        positions = np.concatenate([np.arange(self.shared, self.shared + count) for count in counts])
+        self.route(rows, counts)
+        prefill = _Prefill(self.cache, layout, len(self.rows))
+        hidden = _forward(self.model, np.concatenate([row.prompt for row in rows]), positions, prefill)
+        ends = torch.tensor(np.cumsum(counts) - 1, device=hidden.device)
+        self.rows += rows
+        self.lengths += counts
+        _draw(product(hidden[ends], self.model.head_weight).float(), rows)
+        return rows
+
+    @torch.no_grad()
+    def advance(self) -> Sequence[Row]:
+        """Feed each row its last token, draw the next, and return the rows."""
+        tokens = np.array([row.tokens[-1] for row in self.rows])
+        held = torch.tensor(self.lengths, device=self.model.device)
+        self.route(self.rows, [1] * len(self.rows))
+        hidden = _forward(self.model, tokens, np.array(self.lengths) + self.shared, _Decode(self.cache, held))
+        self.lengths = [length + 1 for length in self.lengths]
+        _draw(product(hidden, self.model.head_weight).float(), self.rows)
+        return list(self.rows)
+
+    def leave(self, row: Row) -> None:
+        """Free the row's slot by moving the last row into it."""
+        place, last = self.rows.index(row), len(self.rows) - 1
+        if place != last:
+            self.cache.move(last, place)
+            self.rows[place], self.lengths[place] = self.rows[last], self.lengths[last]
+        self.rows.pop()
+        self.lengths.pop()
+
+
 @torch.no_grad()
 def sample(
     model: Model,
@@ -149,69 +229,31 @@ def _sample_together(
     """Rows decoded side by side; a finished row's slot goes to the next prompt."""
     shared = _shared_prefix(prompts)
     longest = max((len(prompt) - shared for prompt in prompts), default=0)
-    cache = Cache(min(how.batch, len(prompts)), longest + how.max_new_tokens)
+    live = Live(model, min(how.batch, len(prompts)), longest + how.max_new_tokens)
     if shared:
-        _forward(model, prompts[0][:shared], np.arange(shared), _Prefill(cache, _alone([shared]), None))
+        live.share(prompts[0][:shared])
     finished: list[Completion | None] = [None] * len(prompts)
-    waiting = list(range(len(prompts)))
-    active: list[_Row] = []
-    lengths: list[int] = []
-    while waiting or active:
-        free = cache.rows - len(active)
-        if waiting and (free >= max(1, cache.rows // 4) or not active):
-            new = _admit(model, cache, prompts, waiting, shared, how, active, lengths)
+    waiting = [Row(prompt[shared:], how, place) for place, prompt in enumerate(prompts)]
+    while waiting or live.rows:
+        if waiting and (live.free >= max(1, live.cache.rows // 4) or not live.rows):
+            count = how_many(waiting, live.free)
+            new = live.admit(waiting[:count])
+            del waiting[:count]
         else:
-            new = _advance(model, cache, shared, how, active, lengths)
+            new = live.advance()
         for row in new:
-            stop = _stopped(row, model, how)
+            stop = stopped(row, model)
             if stop:
                 finished[row.place] = _completion(row, stop, model)
-                _leave(cache, active, lengths, active.index(row))
+                live.leave(row)
                 progress(len(prompts) - finished.count(None))
     return [completion for completion in finished if completion is not None]
 
 
-def _admit(
-    model: Model,
-    cache: Cache,
-    prompts: Sequence[np.ndarray],
-    waiting: list[int],
-    shared: int,
-    how: Sampling,
-    active: list[_Row],
-    lengths: list[int],
-) -> list[_Row]:
-    """Prefill the next prompts into free slots, one stream for all, and draw their first tokens."""
-    places: list[int] = []
-    total = 0
-    while waiting and len(active) + len(places) < cache.rows:
-        size = len(prompts[waiting[0]]) - shared
-        if places and total + size > PREFILL_TOKENS:
-            break
-        places.append(waiting.pop(0))
-        total += size
-    own = [prompts[place][shared:] for place in places]
-    positions = np.concatenate([np.arange(shared, shared + len(tokens)) for tokens in own])
-    layout = _alone([len(tokens) for tokens in own])
-    hidden = _forward(model, np.concatenate(own), positions, _Prefill(cache, layout, len(active)))
-    ends = torch.tensor(np.cumsum(layout.lengths) - 1, device=hidden.device)
-    rows = [_Row(place, _uniforms(how, place)) for place in places]
-    active += rows
-    lengths += layout.lengths
-    _draw(product(hidden[ends], model.head_weight).float(), rows, how)
-    return rows
-
-
-def _advance(
-    model: Model, cache: Cache, shared: int, how: Sampling, active: list[_Row], lengths: list[int]
-) -> list[_Row]:
-    """Feed each active row its last token and draw the next."""
-    tokens = np.array([row.tokens[-1] for row in active])
-    held = torch.tensor(lengths, device=model.device)
-    hidden = _forward(model, tokens, np.array(lengths) + shared, _Decode(cache, held))
-    lengths[:] = [length + 1 for length in lengths]
-    _draw(product(hidden, model.head_weight).float(), active, how)
-    return list(active)
+def how_many(waiting: Sequence[Row], free: int) -> int:
+    """How many of the first waiting rows to admit together: at least one, and no more tokens than PREFILL_TOKENS."""
+    sizes = np.cumsum([len(row.prompt) for row in waiting[:free]])
+    return max(1, int((sizes <= PREFILL_TOKENS).sum()))
 
 
 def _forward(model: Model, tokens: np.ndarray, positions: np.ndarray, attend: object) -> Tensor:
@@ -224,21 +266,27 @@ def _forward(model: Model, tokens: np.ndarray, positions: np.ndarray, attend: ob
     return out.last_hidden_state[0]
 
 
-def _draw(logits: Float[Tensor, "B V"], rows: Sequence[_Row], how: Sampling) -> None:
-    """Append one token and its log-probability to each row."""
+def _draw(logits: Float[Tensor, "B V"], rows: Sequence[Row]) -> None:
+    """Append one token, its log-probability and its rivals to each row."""
     total = torch.logsumexp(logits, -1)
-    if how.temperature == 0:
-        chosen = logits.argmax(-1)
-    else:
-        draws = torch.tensor([row.uniforms[len(row.tokens)] for row in rows], device=logits.device)
-        chosen = _inverse_cdf(torch.softmax(logits / how.temperature, -1), draws, how.top_p)
+    chosen = logits.argmax(-1)
+    warm = [n for n, row in enumerate(rows) if row.how.temperature > 0]
+    if warm:
+        dials = [(row.how.temperature, row.how.top_p, row.uniforms[len(row.tokens)]) for row in (rows[n] for n in warm)]
+        temperature, top_p, draws = torch.tensor(np.array(dials, dtype=np.float32), device=logits.device).T
+        likely = torch.softmax(logits[warm] / temperature[:, None], -1)
+        chosen[warm] = _inverse_cdf(likely, draws, top_p[:, None])
     log_probs = logits.gather(1, chosen[:, None])[:, 0] - total
     for row, token, log_prob in zip(rows, chosen.tolist(), log_probs.tolist(), strict=True):
         row.tokens.append(token)
         row.log_probs.append(log_prob)
+    for n, row in enumerate(rows):
+        if row.alternatives:
+            most = (logits[n] - total[n]).topk(row.alternatives)
+            row.rivals.append(list(zip(most.indices.tolist(), most.values.tolist(), strict=True)))
 
 
-def _inverse_cdf(probabilities: Tensor, draws: Tensor, top_p: float) -> Tensor:
+def _inverse_cdf(probabilities: Tensor, draws: Tensor, top_p: float | Tensor) -> Tensor:
     """Tokens at the quantiles `draws` of the nucleus: the most likely tokens that hold `top_p` of the mass."""
     ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     mass = ordered.cumsum(-1)
@@ -256,23 +304,14 @@ def _uniforms(how: Sampling, place: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[how.seed, place])).random(how.max_new_tokens, dtype=np.float32)
 
 
-def _stopped(row: _Row, model: Model, how: Sampling) -> Stop | None:
+def stopped(row: Row, model: Model) -> Stop | None:
+    """Why the row ends with its last token, if it does."""
     if row.tokens[-1] in model.eos_ids:
         return "end_of_turn"
-    return "length" if len(row.tokens) >= how.max_new_tokens else None
+    return "length" if len(row.tokens) >= row.how.max_new_tokens else None
 
 
-def _leave(cache: Cache, active: list[_Row], lengths: list[int], place: int) -> None:
-    """Free a slot by moving the last active row into it."""
-    last = len(active) - 1
-    if place != last:
-        cache.move(last, place)
-        active[place], lengths[place] = active[last], lengths[last]
-    active.pop()
-    lengths.pop()
-
-
-def _completion(row: _Row, stop: Stop, model: Model) -> Completion:
+def _completion(row: Row, stop: Stop, model: Model) -> Completion:
     shown = row.tokens[:-1] if stop == "end_of_turn" else row.tokens
     return Completion(
         tokens=np.array(row.tokens, dtype=np.int64),
@@ -299,10 +338,10 @@ def _alone(lengths: list[int]) -> Layout:
 
 def _sample_plainly(model: Model, prompt: np.ndarray, how: Sampling, place: int) -> Completion:
     """Recompute the whole row for each token: for architectures that cannot be packed."""
-    row = _Row(place, _uniforms(how, place))
+    row = Row(prompt, how, place)
     while True:
         tokens = torch.as_tensor([*prompt.tolist(), *row.tokens], device=model.device)[None]
-        _draw(model.hf(tokens, use_cache=False).logits[0, -1:].float(), [row], how)
-        stop = _stopped(row, model, how)
+        _draw(model.hf(tokens, use_cache=False).logits[0, -1:].float(), [row])
+        stop = stopped(row, model)
         if stop:
             return _completion(row, stop, model)
