@@ -219,7 +219,7 @@ def test_a_saved_model_answers_bit_for_bit(fresh_model: Model, tmp_path: Path) -
     assert again.tokenizer.chat_template == fresh_model.tokenizer.chat_template
 
 
-def test_answers_drawn_with_merged_weights_have_the_adapters_log_probs_and_leave_no_trace(
+def test_answers_drawn_with_an_adapter_have_its_log_probs_and_leave_no_trace(
     tiny_model_folder: Path,
 ) -> None:
     model = load(str(tiny_model_folder), World())

@@ -7,7 +7,7 @@ argument that travels through the model's keyword arguments; no mask is ever bui
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -74,34 +74,31 @@ class PackedAttention:
     """
 
     def __init__(self, layout: Layout, prefix: Callable[[int], tuple[Tensor, Tensor]] | None = None) -> None:
-        self.prefix = prefix
+        self.prefix, self.lengths = prefix, list(layout.lengths)
         groups: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
         for segment, length in enumerate(layout.lengths):
             groups[length, layout.ancestors(segment)].append(segment)
-        starts = layout.starts
-        self.groups = [
-            (length, [starts[s] for s in members], [(starts[p], layout.lengths[p]) for p in chain])
-            for (length, chain), members in groups.items()
-        ]
+        self.groups = [(members, chain) for (_, chain), members in groups.items()]
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
-        """See Attend."""
+        """See Attend. Split once and not sliced: the gradient of a slice is as long as the stream."""
         out = torch.empty_like(query) if not torch.is_grad_enabled() else None
-        pieces: list[tuple[int, Tensor]] = []
+        found: list[Tensor] = [query] * len(self.lengths)
         before_key, before_value = self.prefix(layer) if self.prefix else (None, None)
-        for length, starts, chain in self.groups:
-            q, k, v = (_gather(x, starts, length) for x in (query, key, value))
-            k = _with_context(k, key, chain, before_key)
-            v = _with_context(v, value, chain, before_value)
-            result = causal_attention(q, k, v, scaling, window)
-            pieces += [(start, part) for start, part in zip(starts, result.unbind(0), strict=True)]
-        if out is not None:
-            for start, part in pieces:
-                out[:, start : start + part.shape[1]] = part
-            return out
-        return torch.cat([part for _, part in sorted(pieces, key=lambda piece: piece[0])], dim=1)
+        queries, keys, values = (x.split(self.lengths, 1) for x in (query, key, value))
+        places = out.split(self.lengths, 1) if out is not None else ()
+        for members, chain in self.groups:
+            q = torch.stack([queries[segment] for segment in members])
+            k = _with_context(keys, members, chain, before_key)
+            v = _with_context(values, members, chain, before_value)
+            for segment, part in zip(members, causal_attention(q, k, v, scaling, window).unbind(0), strict=True):
+                if out is None:
+                    found[segment] = part
+                else:
+                    places[segment].copy_(part)
+        return torch.cat(found, dim=1) if out is None else out
 
 
 def causal_attention(
@@ -124,18 +121,13 @@ def causal_attention(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling)
 
 
-def _gather(x: Tensor, starts: list[int], length: int) -> Tensor:
-    """Segments of equal length as a batch [B heads L D]; a view when they lie side by side."""
-    first = starts[0]
-    if all(start == first + n * length for n, start in enumerate(starts)):
-        return x[:, first : first + len(starts) * length].unflatten(1, (len(starts), length)).transpose(0, 1)
-    return torch.stack([x[:, start : start + length] for start in starts])
-
-
-def _with_context(own: Tensor, stream: Tensor, chain: list[tuple[int, int]], before: Tensor | None) -> Tensor:
-    """`own` [B G L D] after what its segments continue: tokens before the stream, then the ancestors in it."""
-    parts = ([] if before is None else [before]) + [stream[:, start : start + length] for start, length in chain]
-    if not parts:
+def _with_context(
+    parts: Sequence[Tensor], members: Sequence[int], chain: Sequence[int], before: Tensor | None
+) -> Tensor:
+    """Segments of equal length [B G L D] after what they continue: tokens before the stream, then their ancestors."""
+    own = torch.stack([parts[segment] for segment in members])
+    ahead = ([] if before is None else [before]) + [parts[segment] for segment in chain]
+    if not ahead:
         return own
-    context = torch.cat(parts, dim=1).unsqueeze(0).expand(own.shape[0], -1, -1, -1)
+    context = torch.cat(ahead, dim=1).unsqueeze(0).expand(own.shape[0], -1, -1, -1)
     return torch.cat([context, own], dim=2)

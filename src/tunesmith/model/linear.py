@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
 ONEDNN = torch.backends.mkldnn.is_available()
 WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 FEW_ROWS, MANY_COLUMNS = 64, 16_384
@@ -26,7 +25,7 @@ def product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tens
         return x @ weight.T
     if ONEDNN and (WIDE_VECTORS or weight.shape[0] >= MANY_COLUMNS):
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return (weight @ x.T).T if 1 < x.shape[0] <= FEW_ROWS else x @ weight.T
+    return (weight @ x.T).T.contiguous() if 1 < x.shape[0] <= FEW_ROWS else x @ weight.T
 
 
 class _Linear(torch.autograd.Function):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ModelError
@@ -72,6 +73,11 @@ class LoraLinear(Linear):
             return super().forward(input)
         return _LoraLinear.apply(input, self.weight, self.bias, self.lora_a, self.lora_b, self.scale)  # type: ignore[return-value]
 
+    def low_rank(self, x: Float[Tensor, "T K"]) -> Float[Tensor, "T N"]:
+        """scale B A x, without gradients."""
+        a, b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
+        return product(product(x, a), b).mul_(self.scale)
+
 
 def attach_lora(module: nn.Module, shape: LoraShape, *, head: nn.Module | None = None) -> int:
     """Freeze `module`, give its linear layers adapters in place, and return the number of trainable parameters.
@@ -125,27 +131,6 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            layer.enabled = True
-
-
-@contextmanager
-@torch.no_grad()
-def merged(module: nn.Module) -> Iterator[None]:
-    """Adapters added to their weights inside the `with` block: one product a layer while answers are drawn.
-
-    The weights themselves are put aside and back, so not a bit of them changes.
-    """
-    layers = [layer for layer in lora_layers(module).values() if layer.enabled]
-    aside = [layer.weight.data for layer in layers]
-    for layer in layers:
-        low_rank = product(layer.lora_b, layer.lora_a.T)
-        layer.weight.data = low_rank.mul_(layer.scale).add_(layer.weight).to(layer.weight.dtype)
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer, weight in zip(layers, aside, strict=True):
-            layer.weight.data = weight
             layer.enabled = True
 
 

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..tensors import Layout
 from ..types import Completion, Stop
-from .attention import PackedAttention
+from .attention import Attend, PackedAttention
 from .linear import product
 from .load import Model
-from .lora import merged
 
 PREFILL_TOKENS = 2048
 
@@ -113,6 +113,7 @@ class _Decode:
         self.rows = torch.arange(len(lengths), device=lengths.device)
         self.longest = int(lengths.max()) + 1
         self.unused = torch.arange(self.longest, device=lengths.device)[None] > lengths[:, None]
+        self.bias = torch.zeros(self.unused.shape, device=lengths.device).masked_fill_(self.unused, float("-inf"))
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
@@ -123,12 +124,14 @@ class _Decode:
         keys[self.rows, :, self.lengths] = key.transpose(0, 1)
         values[self.rows, :, self.lengths] = value.transpose(0, 1)
         keys, values = keys[:rows, :, : self.longest], values[:rows, :, : self.longest]
-        q = query.transpose(0, 1).reshape(rows, groups, -1, query.shape[-1]) * scaling
-        logits = (q @ keys.transpose(-1, -2)).masked_fill_(self.unused[:, None, None], float("-inf"))
+        q = query.transpose(0, 1).reshape(rows, groups, -1, query.shape[-1])
         before_keys, before_values = self.cache.prefix.get(layer, (None, None))
         if before_keys is None or before_values is None:
-            out = torch.softmax(self._windowed(logits, 0, window), -1) @ values
+            bias = self._windowed(self.bias[:, None, None], 0, window).to(q.dtype)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scaling)
             return out.flatten(1, 2).transpose(0, 1)
+        q = q * scaling
+        logits = (q @ keys.transpose(-1, -2)).masked_fill_(self.unused[:, None, None], float("-inf"))
         length = before_keys.shape[1]
         flat = q.transpose(0, 1).flatten(1, 2)
         before = (flat @ before_keys.transpose(-1, -2)).unflatten(1, (rows, -1)).transpose(0, 1)
@@ -217,16 +220,8 @@ def sample(
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Completion]:
     """One Completion for each prompt, in order. `progress` is told how many are finished."""
-    with merged(model.hf):
-        if model.packs:
-            return _sample_together(model, prompts, how, progress)
+    if not model.packs:
         return [_sample_plainly(model, prompt, how, place) for place, prompt in enumerate(prompts)]
-
-
-def _sample_together(
-    model: Model, prompts: Sequence[np.ndarray], how: Sampling, progress: Callable[[int], None]
-) -> list[Completion]:
-    """Rows decoded side by side; a finished row's slot goes to the next prompt."""
     shared = _shared_prefix(prompts)
     longest = max((len(prompt) - shared for prompt in prompts), default=0)
     live = Live(model, min(how.batch, len(prompts)), longest + how.max_new_tokens)
@@ -256,7 +251,9 @@ def how_many(waiting: Sequence[Row], free: int) -> int:
     return max(1, int((sizes <= PREFILL_TOKENS).sum()))
 
 
-def _forward(model: Model, tokens: np.ndarray, positions: np.ndarray, attend: object) -> Tensor:
+def _forward(model: Model, tokens: np.ndarray, positions: np.ndarray, attend: Attend) -> Tensor:
+    if model.lean:
+        return model.lean(torch.as_tensor(tokens).to(model.device), torch.as_tensor(positions).to(model.device), attend)
     out = model.body(
         input_ids=torch.as_tensor(tokens, device=model.device)[None],
         position_ids=torch.as_tensor(positions, device=model.device)[None],
@@ -288,6 +285,12 @@ def _draw(logits: Float[Tensor, "B V"], rows: Sequence[Row]) -> None:
 
 def _inverse_cdf(probabilities: Tensor, draws: Tensor, top_p: float | Tensor) -> Tensor:
     """Tokens at the quantiles `draws` of the nucleus: the most likely tokens that hold `top_p` of the mass."""
+    if bool(
+        (torch.as_tensor(top_p) >= 1).all()
+    ):  # all of them: any order will do, and sorting takes as long as a layer
+        mass = probabilities.cumsum(-1)
+        place = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True)
+        return place.clamp_(max=probabilities.shape[-1] - 1)[:, 0]
     ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     mass = ordered.cumsum(-1)
     ordered = torch.where(mass - ordered < top_p, ordered, 0.0)

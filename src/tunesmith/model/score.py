@@ -11,6 +11,7 @@ from collections.abc import Set
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -52,7 +53,8 @@ def hidden_states(model: Model, batch: Batch) -> Float[Tensor, "S D"]:
         use_cache=False,
         attend=PackedAttention(batch.layout),
     )
-    return out.last_hidden_state[0].index_select(0, batch.index)
+    # Not index_select, whose gradient is scattered number by number.
+    return F.embedding(batch.index, out.last_hidden_state[0])
 
 
 def _values(model: Model, hidden: Float[Tensor, "S D"]) -> Float[Tensor, "S"]:

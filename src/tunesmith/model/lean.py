@@ -1,0 +1,128 @@
+"""The forward pass without gradients and without ceremony, for models made of llama's blocks.
+
+With one token a row, transformers' modules take longer to call than their products to compute. A model goes this way
+only if its blocks hold exactly what is known here and a probe at loading gives the hidden states of its own forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .attention import Attend
+from .fused import GatedMlp, RmsNorm
+from .linear import Linear, product
+from .lora import LoraLinear
+
+_MODEL = {"embed_tokens", "layers", "norm", "rotary_emb"}
+_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """One layer: x += o(attention(norm(x))), x += down(silu(gate(norm(x))) * up(norm(x)))."""
+
+    norm: RmsNorm
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+    head_size: int
+    scaling: float
+    norm_again: RmsNorm
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lean:
+    """The parts of a model below its output layer. They are the model's own modules, adapters included."""
+
+    embed: nn.Module
+    rotary: nn.Module
+    blocks: tuple[Block, ...]
+    norm: RmsNorm
+
+    @torch.no_grad()
+    def __call__(self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], attend: Attend) -> Float[Tensor, "T D"]:
+        """Final hidden state of each token of a stream."""
+        x = self.embed(tokens)
+        cos, sin = (part[0, :, None] for part in self.rotary(x[None], positions[None]))
+        half = sin.shape[-1] // 2
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        for layer, block in enumerate(self.blocks):
+            normal = _rms_norm(x, block.norm)
+            query, key, value = (
+                _linear(part, normal).unflatten(-1, (-1, block.head_size)) for part in (block.q, block.k, block.v)
+            )
+            heads = query.shape[1]
+            turned = torch.cat([query, key], 1)
+            turned = (turned * cos).addcmul_(turned.roll(half, -1), sin).transpose(0, 1)
+            seen = attend(layer, turned[:heads], turned[heads:], value.transpose(0, 1), block.scaling, None)
+            x = x.add_(_linear(block.o, seen.transpose(0, 1).flatten(1)))
+            normal = _rms_norm(x, block.norm_again)
+            x.add_(_linear(block.down, F.silu(_linear(block.gate, normal)).mul_(_linear(block.up, normal))))
+        return _rms_norm(x, self.norm)
+
+
+def lean(hf: PreTrainedModel) -> Lean | None:
+    """The parts of `hf` if it is made of nothing but llama's blocks (by what its modules hold), else None."""
+    config, body = hf.config.to_dict(), hf.base_model
+    if set(dict(body.named_children())) != _MODEL:
+        return None
+    if config.get("use_sliding_window", True) and config.get("sliding_window"):
+        return None
+    blocks = [_block(layer) for layer in body.get_submodule("layers").children()]
+    norm = body.get_submodule("norm")
+    if not isinstance(norm, RmsNorm) or any(block is None for block in blocks):
+        return None
+    embed, rotary = body.get_submodule("embed_tokens"), body.get_submodule("rotary_emb")
+    return Lean(embed=embed, rotary=rotary, blocks=tuple(b for b in blocks if b is not None), norm=norm)
+
+
+def _block(layer: nn.Module) -> Block | None:
+    parts = dict(layer.named_children())
+    if set(parts) != _LAYER or set(dict(parts["self_attn"].named_children())) != _ATTENTION:
+        return None
+    attention, mlp = parts["self_attn"], parts["mlp"]
+    norm, norm_again = parts["input_layernorm"], parts["post_attention_layernorm"]
+    linear = {name: attention.get_submodule(name) for name in _ATTENTION}
+    if not (isinstance(norm, RmsNorm) and isinstance(norm_again, RmsNorm) and isinstance(mlp, GatedMlp)):
+        return None
+    size, scaling = vars(attention).get("head_dim"), vars(attention).get("scaling")
+    if size is None or scaling is None:
+        return None
+    return Block(
+        norm=norm,
+        q=linear["q_proj"],
+        k=linear["k_proj"],
+        v=linear["v_proj"],
+        o=linear["o_proj"],
+        head_size=int(size),
+        scaling=float(scaling),
+        norm_again=norm_again,
+        gate=mlp.gate_proj,
+        up=mlp.up_proj,
+        down=mlp.down_proj,
+    )
+
+
+def _linear(module: nn.Module, x: Float[Tensor, "T K"]) -> Float[Tensor, "T N"]:
+    """A layer without going through its module, where it is one of ours without a bias."""
+    if type(module) is Linear and module.bias is None:
+        return product(x, module.weight)
+    if type(module) is LoraLinear and module.bias is None:
+        y = product(x, module.weight)
+        return y.add_(module.low_rank(x)) if module.enabled else y
+    return module(x)
+
+
+def _rms_norm(x: Float[Tensor, "T D"], norm: RmsNorm) -> Float[Tensor, "T D"]:
+    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
