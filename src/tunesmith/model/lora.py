@@ -38,7 +38,7 @@ class _LoraLinear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         a, b = a.to(x.dtype), b.to(x.dtype)
         low = product(flat, a)
-        y = product(flat, weight).add_(product(low, b), alpha=scale)
+        y = product(flat, weight).addmm_(low, b.T, alpha=scale)
         if bias is not None:
             y += bias
         ctx.save_for_backward(flat, weight, a, b, low)
@@ -54,7 +54,7 @@ class _LoraLinear(torch.autograd.Function):
         db = product(gradient.T, low.T).mul_(ctx.scale)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = product(gradient, weight.T).add_(product(gradient_low, a.T))
+            dx = product(gradient, weight.T).addmm_(gradient_low, a)
             dx = dx.view(*grads[0].shape[:-1], weight.shape[1])
         return dx, None, None, da.float(), db.float(), None
 
@@ -73,10 +73,13 @@ class LoraLinear(Linear):
             return super().forward(input)
         return _LoraLinear.apply(input, self.weight, self.bias, self.lora_a, self.lora_b, self.scale)  # type: ignore[return-value]
 
-    def low_rank(self, x: Float[Tensor, "T K"]) -> Float[Tensor, "T N"]:
-        """scale B A x, without gradients."""
+    def answer(self, x: Float[Tensor, "T K"]) -> Float[Tensor, "T N"]:
+        """W x + scale B A x, without gradients and without a bias."""
+        y = product(x, self.weight)
+        if not self.enabled:
+            return y
         a, b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
-        return product(product(x, a), b).mul_(self.scale)
+        return y.addmm_(x @ a.T, b.T, alpha=self.scale)
 
 
 def attach_lora(module: nn.Module, shape: LoraShape, *, head: nn.Module | None = None) -> int:
