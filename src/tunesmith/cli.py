@@ -168,6 +168,28 @@ def label(
 
 
 @app.command()
+def serve(
+    model: Annotated[list[str], typer.Argument(help="Finished runs of one base, or one base.", show_default=False)],
+    host: Annotated[str, typer.Option(help="Any other address than loopback needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 finds a free one.")] = 8000,
+    key: Annotated[str, typer.Option(envvar="TUNESMITH_KEY", help="What clients send as their API key.")] = "",
+    name: Annotated[list[str] | None, typer.Option(help="A host name by which clients call the server.")] = None,
+    update: Annotated[str, typer.Option(help="lora or full; the run's best unless given.")] = "",
+    batch: Annotated[int, typer.Option(min=1, max=256, help="Answers drawn side by side.")] = 16,
+    queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; more are refused with 429.")] = 256,
+    context: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and answer.")] = 4096,
+    debug: Debug = False,
+) -> None:
+    """Answer over HTTP as OpenAI's API does: one base in memory, each run's adapter by its folder's name."""
+    from .serve import start
+    from .serve.engine import Limits
+
+    door = start.Door(host=host, port=port, key=key, names=tuple(name or ()))
+    limits = Limits(rows=batch, waiting=queue, context_tokens=context)
+    start.serve(model, door, limits, Screen(), update=update)
+
+
+@app.command()
 def doctor(debug: Debug = False) -> None:
     """Say what this machine can do and whether everything that Tunesmith needs is here."""
     from .pipeline.health import examine

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tunesmith.model.linear import Linear, product, use_fast_linear
+from tunesmith.model.linear import Linear, product, steady_product, use_fast_linear
 from tunesmith.model.lora import LoraShape, attach_lora
 
 
@@ -97,3 +97,12 @@ def test_adapters_stay_float32_on_a_bfloat16_base() -> None:
     layer = holder[0]
     assert x.grad is not None
     assert layer.lora_a.dtype == layer.lora_b.grad.dtype == torch.float32  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (49, 8), (8, 576), (3000, 96)], ids=str)
+def test_a_rows_product_has_the_same_bits_alone_and_among_others(size: tuple[int, int]) -> None:
+    weight, x = randn(*size, seed=1), randn(300, size[1])
+    alone = torch.cat([steady_product(row[None], weight) for row in x])
+    for count in (2, 3, 7, 16, 33, 100, 300):
+        assert torch.equal(steady_product(x[:count], weight), alone[:count])
+        assert torch.equal(steady_product(x[-count:].flip(0), weight), alone[-count:].flip(0))

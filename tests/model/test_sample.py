@@ -170,10 +170,15 @@ def test_progress_counts_every_finished_row(ends: Model) -> None:
 def test_draws_stay_in_the_nucleus_and_follow_its_quantiles(
     masses: list[float], draws: list[float], top_p: float
 ) -> None:
-    """Oracle: walk down the most likely tokens until they hold top_p, then until the draw is passed."""
+    """Oracle: walk down the most likely tokens until they hold top_p, then until the draw is passed.
+
+    Where nothing is cut off, tokens stay in their own order.
+    """
     probabilities = torch.tensor(masses) / sum(masses)
     found = _inverse_cdf(probabilities.expand(len(draws), -1), torch.tensor(draws), top_p).tolist()
-    order = sorted(range(len(masses)), key=lambda n: (-float(probabilities[n]), n))
+    order = list(range(len(masses)))
+    if top_p < 1:
+        order.sort(key=lambda n: (-float(probabilities[n]), n))
     nucleus, mass = [], 0.0
     while order and mass < top_p - 1e-6:
         nucleus.append(order.pop(0))

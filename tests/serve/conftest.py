@@ -1,4 +1,4 @@
-"""What tests of the label page share: pairs, a server of its own process, and a real browser driven over a pipe."""
+"""What tests of both servers share: pairs and a real browser for the label page, finished runs for the models' API."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tunesmith import cli
 from tunesmith.serve.choices import Pair
 from tunesmith.types import Message
+
+if TYPE_CHECKING:
+    from tunesmith.serve.hall import Hall
 
 SOURCE = Path(cli.__file__).parents[1]
 WAIT_SECONDS = 120  # before a test that hangs fails
@@ -209,3 +214,93 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
     process.wait()
     os.close(writes)
     os.close(reads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """Finished runs of one base, whose random adapters make them answer differently."""
+
+    base: Path
+    a: Path
+    b: Path
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Runs:
+    """Two finished runs, `a` and `b`, made without training, and their base `lively`: no two answers are alike."""
+    import torch
+
+    from tunesmith.model.adapters import save_adapter, save_model
+    from tunesmith.model.load import load
+    from tunesmith.model.lora import LoraShape, attach_lora, lora_layers
+    from tunesmith.recipe import Recipe, dump_recipe
+    from tunesmith.world import World
+
+    folder = tmp_path_factory.mktemp("runs")
+    base = load(str(tiny_model_folder), World())
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in base.hf.named_parameters():
+            if "norm" not in name:
+                weight.normal_(0.0, 0.5, generator=draw)
+    save_model(base, folder / "lively")
+    for name, rank in (("a", 4), ("b", 8)):
+        model = load(str(folder / "lively"), World())
+        shape = LoraShape(rank=rank, alpha=2 * rank, seed=rank)
+        attach_lora(model.hf, shape, head=model.head)
+        with torch.no_grad():
+            for layer in lora_layers(model.hf).values():
+                layer.lora_b.normal_(0.0, 0.3, generator=draw)
+        save_adapter(model, shape, folder / name / "adapter")
+        recipe = {"base": str(folder / "lively"), "data": {"train": "rows.jsonl"}, "task": {"instructions": "Do."}}
+        (folder / name / "recipe.yaml").write_text(dump_recipe(Recipe.model_validate(recipe)))
+        (folder / name / "results.json").write_text('{"subject": "lora"}')
+    return Runs(base=folder / "lively", a=folder / "a", b=folder / "b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """A server in a thread of this process."""
+
+    url: str
+    hall: Hall
+
+
+Serve = Callable[..., Serving]
+
+
+@contextmanager
+def _served(stack: ExitStack) -> Iterator[Serve]:
+    from tunesmith.serve.engine import Limits
+    from tunesmith.serve.hall import opened
+    from tunesmith.serve.listen import bound
+    from tunesmith.serve.start import Door, gate_for, http_server
+    from tunesmith.world import World
+
+    def serve(*models: Path, key: str = "", host: str = "127.0.0.1", **limits: int) -> Serving:
+        hall = opened([str(model) for model in models], "", Limits(**limits), World())
+        stack.callback(hall.engine.close)
+        server_socket = stack.enter_context(closing(bound("127.0.0.1", 0)))
+        server = http_server(hall, gate_for(Door(host=host, key=key)))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [server_socket]})
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(setattr, server, "should_exit", True)
+        return Serving(url=f"http://127.0.0.1:{server_socket.getsockname()[1]}", hall=hall)
+
+    with stack:
+        yield serve
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Starts servers that end with the test."""
+    with _served(ExitStack()) as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def serving(runs: Runs) -> Iterator[Serving]:
+    """Both runs and their base behind one server."""
+    with _served(ExitStack()) as start:
+        yield start(runs.a, runs.b, context_tokens=256)

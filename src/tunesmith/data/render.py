@@ -24,7 +24,7 @@ def prompt_tokens(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, object]] = ()
 ) -> list[int]:
     """What the model is served for these turns: template, then the opening of the assistant's turn."""
-    return _encode(tokenizer, _text(messages, tokenizer, tools, opens=True))
+    return encode(tokenizer, _text(messages, tokenizer, tools, opens=True))
 
 
 def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[Example]:
@@ -84,7 +84,7 @@ def _answer(
             fix="Use a base model whose template ends the prompt where the answer begins.",
         )
     _refuse_early_end(conversation, turn, tokenizer, eos_ids)
-    ids = _encode(tokenizer, after[len(before) :])
+    ids = encode(tokenizer, after[len(before) :])
     end = next((place for place, token in enumerate(ids) if token in eos_ids), None)
     return [*ids, eos_ids[0]] if end is None else ids[: end + 1]
 
@@ -95,7 +95,7 @@ def _refuse_early_end(
     """An answer that spells the end of turn would be cut there, in training and in every served answer."""
     message = conversation.messages[turn]
     written = message.content + json.dumps([dict(call) for call in message.tool_calls], ensure_ascii=False)
-    inside = [token for token in _encode(tokenizer, written) if token in eos_ids]
+    inside = [token for token in encode(tokenizer, written) if token in eos_ids]
     if inside:
         raise DataError(
             f"an answer holds {tokenizer.decode(inside[:1])!r}, which ends the model's turn",
@@ -105,7 +105,7 @@ def _refuse_early_end(
 
 
 def _plain_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> Example:
-    tokens = [*_encode(tokenizer, conversation.text), eos_ids[0]]
+    tokens = [*encode(tokenizer, conversation.text), eos_ids[0]]
     return _example(tokens, [0.0] + [1.0] * (len(tokens) - 1), conversation, 0)
 
 
@@ -134,7 +134,8 @@ def _text(
     return text
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text as it stands; tokens that it spells out are those tokens."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
 
 

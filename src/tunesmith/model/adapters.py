@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..folder import write_json, write_manifest, written_aside
@@ -59,8 +61,28 @@ def save_adapter(model: Model, shape: LoraShape, out: Path, beside: Beside = not
     return out
 
 
-def load_adapter(model: Model, folder: Path) -> LoraShape:
-    """Attach an adapter written by save_adapter or by PEFT. Raises ModelError if it does not belong to the model."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """An adapter as it lies in a folder: its shape, and A [rank in], B [out rank] of each layer by name."""
+
+    shape: LoraShape
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    folder: Path
+
+    def check(self, layers: Mapping[str, nn.Linear]) -> None:
+        """Raise ModelError unless the adapter is one for these layers and no others."""
+        fix = "Use the base it was trained on."
+        if set(layers) != set(self.pairs):
+            odd = min(set(layers) ^ set(self.pairs))
+            raise ModelError(f"the adapter does not fit this base: {odd}", where=str(self.folder), fix=fix)
+        for name, (a, b) in self.pairs.items():
+            rank, layer = self.shape.rank, layers[name]
+            if a.shape != (rank, layer.in_features) or b.shape != (layer.out_features, rank):
+                raise ModelError(f"the adapter's {name} has another shape", where=str(self.folder), fix=fix)
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """What save_adapter or PEFT wrote. Raises ModelError if it cannot be read or is more than a plain adapter."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -76,23 +98,25 @@ def load_adapter(model: Model, folder: Path) -> LoraShape:
     scale_rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
     alpha = config["lora_alpha"] / scale_rank * config["r"]
     shape = LoraShape(rank=config["r"], alpha=alpha, target=tuple(sorted({name.rsplit(".", 1)[-1] for name in names})))
-    attach_lora(model.hf, shape, head=model.head)
+    try:
+        sides = {name: [tensors[f"{_PREFIX}{name}.lora_{side}.weight"] for side in "AB"] for name in names}
+    except KeyError as error:
+        raise ModelError(f"the adapter lacks {error}", where=str(folder), fix="Fetch the adapter again.") from None
+    return Adapter(shape=shape, pairs={name: (a, b) for name, (a, b) in sides.items()}, folder=folder)
+
+
+def load_adapter(model: Model, folder: Path) -> LoraShape:
+    """Attach an adapter written by save_adapter or by PEFT. Raises ModelError if it does not belong to the model."""
+    adapter = read_adapter(folder)
+    attach_lora(model.hf, adapter.shape, head=model.head)
     layers = lora_layers(model.hf)
-    if set(layers) != names:
-        odd = sorted(set(layers) ^ names)[0]
-        raise ModelError(
-            f"the adapter does not fit this base: {odd}", where=str(folder), fix="Use the base it was trained on."
-        )
+    adapter.check(layers)
     with torch.no_grad():
         for name, layer in layers.items():
-            a, b = tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"]
-            if a.shape != layer.lora_a.shape or b.shape != layer.lora_b.shape:
-                raise ModelError(
-                    f"the adapter's {name} has another shape", where=str(folder), fix="Use the base it was trained on."
-                )
+            a, b = adapter.pairs[name]
             layer.lora_a.copy_(a)
             layer.lora_b.copy_(b)
-    return shape
+    return adapter.shape
 
 
 def save_model(model: Model, out: Path, beside: Beside = nothing) -> Path:

@@ -28,6 +28,18 @@ def product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tens
     return (weight @ x.T).T.contiguous() if 1 < x.shape[0] <= FEW_ROWS else x @ weight.T
 
 
+def steady_product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
+    """`product` in which, in float32 on a CPU, a row's result does not depend on how many others there are.
+
+    oneDNN adds up in the same order for two rows and more, and a single one is given a twin.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.shape[0] or not ONEDNN:
+        return product(x, weight)
+    if x.shape[0] == 1:
+        return steady_product(x.expand(2, -1).contiguous(), weight)[:1]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
 class _Linear(torch.autograd.Function):
     """y = x W^T + b, with dX = dY W and dW = dY^T X."""
 

@@ -24,6 +24,7 @@ from .linear import product
 from .load import Model
 
 PREFILL_TOKENS = 2048
+BLOCK_TOKENS = 128  # a cache that grows holds a whole number of these
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +60,6 @@ class Row:
         self.uniforms = _uniforms(self.how, self.place)
 
 
-Route = Callable[[Sequence[Row], Sequence[int]], None]
-
-
 class Cache:
     """Keys and values: a prefix [G P D] common to all rows, and `rows` slots [rows G C D], the active ones first."""
 
@@ -76,6 +74,16 @@ class Cache:
             shape = (self.rows, like.shape[0], self.capacity, like.shape[-1])
             self.slots[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         return self.slots[layer]
+
+    def reserve(self, tokens: int) -> None:
+        """Make every slot hold at least `tokens`; doubles, so that it is rarely done."""
+        if tokens <= self.capacity:
+            return
+        self.capacity = -(-max(tokens, 2 * self.capacity) // BLOCK_TOKENS) * BLOCK_TOKENS
+        for layer, (keys, values) in list(self.slots.items()):
+            del self.slots[layer]
+            for new, old in zip(self.layer(layer, keys[0]), (keys, values), strict=True):
+                new[:, :, : old.shape[2]] = old
 
     def move(self, source: int, target: int) -> None:
         """Copy a slot over another."""
@@ -148,6 +156,11 @@ class _Decode:
         return logits.masked_fill(far[:, None, None], float("-inf"))
 
 
+Decode = Callable[[Cache, Tensor], Attend]
+Multiply = Callable[[Tensor, Tensor], Tensor]
+Route = Callable[[Sequence[Row], Sequence[int]], None]
+
+
 def _one_model(rows: Sequence[Row], counts: Sequence[int]) -> None:
     """The Route of a model that answers every row."""
 
@@ -156,10 +169,19 @@ class Live:
     """Rows that are answered side by side: `admit` begins some, `advance` draws a token for each, `leave` frees a slot.
 
     `route` hears before each forward pass which rows are in the stream, and how many of its tokens are each one's.
+    `decode` is how the rows' last tokens attend, `multiply` the product with the output layer.
     """
 
-    def __init__(self, model: Model, slots: int, capacity: int, route: Route = _one_model) -> None:
-        self.model, self.route = model, route
+    def __init__(
+        self,
+        model: Model,
+        slots: int,
+        capacity: int,
+        route: Route = _one_model,
+        decode: Decode = _Decode,
+        multiply: Multiply = product,
+    ) -> None:
+        self.model, self.route, self.decode, self.multiply = model, route, decode, multiply
         self.cache = Cache(slots, capacity)
         self.rows: list[Row] = []
         self.lengths: list[int] = []
@@ -180,6 +202,7 @@ class Live:
     def admit(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Prefill the rows' prompts, one stream for all, draw their first tokens, and return the rows."""
         counts = [len(row.prompt) for row in rows]
+        self.cache.reserve(max(counts))
         layout = _alone(counts)
         positions = np.concatenate([np.arange(self.shared, self.shared + count) for count in counts])
         self.route(rows, counts)
@@ -188,7 +211,7 @@ class Live:
         ends = torch.tensor(np.cumsum(counts) - 1, device=hidden.device)
         self.rows += rows
         self.lengths += counts
-        _draw(product(hidden[ends], self.model.head_weight).float(), rows)
+        _draw(self.multiply(hidden[ends], self.model.head_weight).float(), rows)
         return rows
 
     @torch.no_grad()
@@ -196,10 +219,11 @@ class Live:
         """Feed each row its last token, draw the next, and return the rows."""
         tokens = np.array([row.tokens[-1] for row in self.rows])
         held = torch.tensor(self.lengths, device=self.model.device)
+        self.cache.reserve(max(self.lengths) + 1)
         self.route(self.rows, [1] * len(self.rows))
-        hidden = _forward(self.model, tokens, np.array(self.lengths) + self.shared, _Decode(self.cache, held))
+        hidden = _forward(self.model, tokens, np.array(self.lengths) + self.shared, self.decode(self.cache, held))
         self.lengths = [length + 1 for length in self.lengths]
-        _draw(product(hidden, self.model.head_weight).float(), self.rows)
+        _draw(self.multiply(hidden, self.model.head_weight).float(), self.rows)
         return list(self.rows)
 
     def leave(self, row: Row) -> None:
@@ -265,7 +289,7 @@ def _forward(model: Model, tokens: np.ndarray, positions: np.ndarray, attend: At
 
 def _draw(logits: Float[Tensor, "B V"], rows: Sequence[Row]) -> None:
     """Append one token, its log-probability and its rivals to each row."""
-    total = torch.logsumexp(logits, -1)
+    scores = torch.log_softmax(logits, -1)  # not logsumexp, which adds up one row in another order than several
     chosen = logits.argmax(-1)
     warm = [n for n, row in enumerate(rows) if row.how.temperature > 0]
     if warm:
@@ -273,38 +297,44 @@ def _draw(logits: Float[Tensor, "B V"], rows: Sequence[Row]) -> None:
         temperature, top_p, draws = torch.tensor(np.array(dials, dtype=np.float32), device=logits.device).T
         likely = torch.softmax(logits[warm] / temperature[:, None], -1)
         chosen[warm] = _inverse_cdf(likely, draws, top_p[:, None])
-    log_probs = logits.gather(1, chosen[:, None])[:, 0] - total
+    log_probs = scores.gather(1, chosen[:, None])[:, 0]
     for row, token, log_prob in zip(rows, chosen.tolist(), log_probs.tolist(), strict=True):
         row.tokens.append(token)
         row.log_probs.append(log_prob)
     for n, row in enumerate(rows):
         if row.alternatives:
-            most = (logits[n] - total[n]).topk(row.alternatives)
+            most = scores[n].topk(row.alternatives)
             row.rivals.append(list(zip(most.indices.tolist(), most.values.tolist(), strict=True)))
 
 
-def _inverse_cdf(probabilities: Tensor, draws: Tensor, top_p: float | Tensor) -> Tensor:
+def _inverse_cdf(
+    probabilities: Float[Tensor, "B V"], draws: Float[Tensor, "B"], top_p: float | Float[Tensor, "B 1"]
+) -> Int[Tensor, "B"]:
     """Tokens at the quantiles `draws` of the nucleus: the most likely tokens that hold `top_p` of the mass."""
-    if bool(
-        (torch.as_tensor(top_p) >= 1).all()
-    ):  # all of them: any order will do, and sorting takes as long as a layer
-        mass = probabilities.cumsum(-1)
-        place = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True)
-        return place.clamp_(max=probabilities.shape[-1] - 1)[:, 0]
-    ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-    mass = ordered.cumsum(-1)
-    ordered = torch.where(mass - ordered < top_p, ordered, 0.0)
-    mass = ordered.cumsum(-1)
-    place = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True)
-    last = (ordered > 0).sum(-1, keepdim=True) - 1  # rounding may put a draw near 1 past the nucleus
-    last.clamp_(min=0)  # nothing is likely where probabilities are NaN; whoever reads the log-probability will see it
-    return tokens.gather(1, place.minimum(last))[:, 0]
+    dials = torch.as_tensor(top_p, device=draws.device).expand(len(draws), 1)
+    cut = dials[:, 0] < 1
+    chosen = _at_quantile(probabilities, draws)  # of all tokens any order will do, and sorting them takes long
+    if bool(cut.any()):
+        ordered, tokens = probabilities[cut].sort(dim=-1, descending=True, stable=True)
+        ordered = torch.where(ordered.cumsum(-1) - ordered < dials[cut], ordered, 0.0)
+        chosen[cut] = tokens.gather(1, _at_quantile(ordered, draws[cut])[:, None])[:, 0]
+    return chosen
+
+
+def _at_quantile(masses: Float[Tensor, "B V"], draws: Float[Tensor, "B"]) -> Int[Tensor, "B"]:
+    """The first place up to which more than a share `draws` of the mass lies; its own mass is never 0."""
+    sums = masses.cumsum(-1)
+    total = sums[:, -1:]
+    wanted = torch.minimum(draws[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    # Nothing is likely where probabilities are NaN; whoever reads the log-probability will see it.
+    return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp_(max=masses.shape[-1] - 1)
 
 
 def _uniforms(how: Sampling, place: int) -> np.ndarray:
     if how.temperature == 0:
         return np.empty(0, dtype=np.float32)
-    return np.random.Generator(np.random.Philox(key=[how.seed, place])).random(how.max_new_tokens, dtype=np.float32)
+    key = np.array([how.seed % 2**64, place], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random(how.max_new_tokens, dtype=np.float32)
 
 
 def stopped(row: Row, model: Model) -> Stop | None:

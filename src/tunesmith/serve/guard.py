@@ -1,14 +1,19 @@
-"""What stands before a local page: only this machine's own pages may call it, with small bodies of JSON.
+"""What stands before a server's routes, all of them: who may call, and how much they may send.
 
 A page on the web can make a browser send requests to 127.0.0.1, and by rebinding its name even read the answers. Such
-requests carry that page's name in Host or Origin, so both are checked. There is no CORS.
+requests carry that page's name in Host or Origin, so both are checked. There is no CORS. Where there is a key, it is
+asked for on every path but the public ones, before anything looks at the request.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
+import ipaddress
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -18,10 +23,30 @@ MOST_BODY_BYTES = 16 * 1024
 READING = ("GET", "HEAD")
 
 
-def guarded(app: ASGIApp, policy: str) -> ASGIApp:
-    """`app` behind these checks; every answer carries the Content-Security-Policy `policy`."""
+def plain_body(status: int, problem: str) -> dict[str, object]:
+    """What a refusal says, unless a Gate says it otherwise."""
+    return {"error": problem}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """Who may pass. `hosts` are the names that a Host header may have; `any_address` lets IP addresses pass too, which
+    no page can rebind. `key`, if there is one, is asked for on all paths but the `public` ones.
+    """
+
+    policy: str
+    hosts: frozenset[str] = frozenset({"127.0.0.1", "localhost"})
+    any_address: bool = False
+    key: str = ""
+    public: frozenset[str] = frozenset()
+    most_body_bytes: int = MOST_BODY_BYTES
+    body: Callable[[int, str], dict[str, object]] = plain_body
+
+
+def guarded(app: ASGIApp, gate: Gate) -> ASGIApp:
+    """`app` behind a Gate; every answer carries its Content-Security-Policy."""
     headers = {
-        "content-security-policy": policy,
+        "content-security-policy": gate.policy,
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
         "cross-origin-resource-policy": "same-origin",
@@ -39,27 +64,33 @@ def guarded(app: ASGIApp, policy: str) -> ASGIApp:
                 MutableHeaders(scope=message).update(headers)
             await send(message)
 
-        status, problem = refusal(scope["method"], Headers(scope=scope))
-        body = b"" if problem or scope["method"] in READING else await _small_body(receive)
+        status, problem = refusal(scope["method"], scope["path"], Headers(scope=scope), gate)
+        body = b"" if problem or scope["method"] in READING else await _small_body(receive, gate.most_body_bytes)
         if body is None:
-            status, problem = 413, f"the body is larger than {MOST_BODY_BYTES} bytes"
+            status, problem = 413, f"the body is larger than {gate.most_body_bytes} bytes"
         if problem:
-            await JSONResponse({"error": problem}, status)(scope, receive, send_with_headers)
+            ask = {"www-authenticate": "Bearer"} if status == 401 else None
+            await JSONResponse(gate.body(status, problem), status, ask)(scope, receive, send_with_headers)
             return
         await app(scope, _replayed(body or b"", receive), send_with_headers)
 
     return guard
 
 
-def refusal(method: str, headers: Headers) -> tuple[int, str]:
+def refusal(method: str, path: str, headers: Headers, gate: Gate) -> tuple[int, str]:
     """The status and the reason for refusing a request by its headers; (200, "") for one that may pass."""
     hosts, origins = headers.getlist("host"), headers.getlist("origin")
-    if len(hosts) != 1 or not _is_loopback(hosts[0]):
-        return 421, "this server answers to 127.0.0.1 and localhost only"
-    if origins and origins != [f"http://{hosts[0]}"]:
+    if len(hosts) != 1 or not _is_known(hosts[0], gate):
+        return 421, f"this server answers to {' and '.join(sorted(gate.hosts))} only"
+    own = [[f"http://{hosts[0]}"], [f"https://{hosts[0]}"]][
+        : 2 if gate.key else 1
+    ]  # with a key, TLS may stand before us
+    if origins and origins not in own:
         return 403, "only the page of this server may call it"
     if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and method not in READING:
         return 403, "only the page of this server may call it"
+    if gate.key and path not in gate.public and not _knows(headers.getlist("authorization"), gate.key):
+        return 401, "this server needs its key, as Authorization: Bearer KEY"
     if method not in READING and headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         return 415, "send JSON, with content-type application/json"
     return 200, ""
@@ -80,18 +111,37 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}'"
 
 
-def _is_loopback(host: str) -> bool:
-    """Whether a Host header names this machine; the port may be another one, where it is forwarded."""
-    return re.fullmatch(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?", host, re.IGNORECASE | re.ASCII) is not None
+def _is_known(host: str, gate: Gate) -> bool:
+    """Whether a Host header names this server; the port may be another one, where it is forwarded."""
+    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(:[0-9]{1,5})?", host, re.IGNORECASE | re.ASCII)
+    if not found:
+        return False
+    name = found[1].lower()
+    return name in gate.hosts or (gate.any_address and _is_address(name.strip("[]")))
 
 
-async def _small_body(receive: Receive) -> bytes | None:
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _knows(given: list[str], key: str) -> bool:
+    """Whether the one Authorization header bears the key; takes as long for a nearly right one as for any other."""
+    scheme, _, word = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+    same = hmac.compare_digest(word.strip().encode("utf-8"), key.encode("utf-8"))
+    return same and scheme.lower() == "bearer"
+
+
+async def _small_body(receive: Receive, most_bytes: int) -> bytes | None:
     """The whole body, or None where it is too large."""
     body = b""
     while True:
         message = await receive()
         body += message.get("body", b"")
-        if len(body) > MOST_BODY_BYTES:
+        if len(body) > most_bytes:
             return None
         if not message.get("more_body", False):
             return body

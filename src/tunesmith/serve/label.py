@@ -9,8 +9,6 @@ Everything is in one folder, `labels/<recipe name>`; running the command again g
 
 from __future__ import annotations
 
-import errno
-import socket
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,18 +16,18 @@ from typing import Any
 
 import uvicorn
 
-from ..errors import DataError, FolderError
+from ..errors import DataError
 from ..folder import RunFolder, locked, write_jsonl
 from ..recipe import Recipe
 from ..screen import Screen
 from ..types import Estimate, Message
 from .choices import Choice, Pair, add_pairs, count_equal, opened, read_choices, read_pairs
+from .listen import LOOPBACK, bound
 from .page import label_app
 from .pairs import given_pairs
 from .summary import Rater, Summary, summarise
 from .turns import EVERYTHING, Sharing, tidy_name
 
-HOST = "127.0.0.1"
 PORT = 8765
 PROMPTS = 100
 
@@ -85,9 +83,9 @@ def serve(
         rater = tidy_name(rater) if rater else ""
     except ValueError as error:
         raise DataError(str(error), where="--rater", fix="Write --rater Anna.") from None
-    with opened(folder) as store, closing(_bound(port)) as server_socket:
+    with opened(folder) as store, closing(bound(LOOPBACK, port)) as server_socket:
         app = label_app(store, name, rater, sharing)
-        screen.line(f"http://{HOST}:{server_socket.getsockname()[1]}   (stop with Ctrl-C; every choice is kept)")
+        screen.line(f"http://{LOOPBACK}:{server_socket.getsockname()[1]}   (stop with Ctrl-C; every choice is kept)")
         config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
         with suppress(KeyboardInterrupt):  # the usual way to stop
             uvicorn.Server(config).run(sockets=[server_socket])
@@ -197,18 +195,3 @@ def _answer(message: Message) -> str | list[dict[str, Any]]:
     if message.tool_calls or message.content.lstrip().startswith('[{"'):
         return [_turn(message)]
     return message.content
-
-
-def _bound(port: int) -> socket.socket:
-    """A listening socket on the loopback interface: who connects early waits. Port 0 finds a free one."""
-    server_socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    server_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        server_socket.bind((HOST, port))
-        server_socket.listen()
-    except (OSError, OverflowError) as error:
-        server_socket.close()
-        in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-        what = f"port {port} is in use" if in_use else f"port {port} cannot be used ({error})"
-        raise FolderError(what, where="--port", fix="Choose another, or --port 0 for any free one.") from None
-    return server_socket

@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 
 from ..types import Message
 from .choices import Choice, ConflictError, Pick, add_choice, last_choice, read_choices, read_pairs, undo_choice
-from .guard import content_policy, guarded
+from .guard import Gate, content_policy, guarded
 from .turns import EVERYTHING, RaterName, Sharing, left_side, showings, waiting
 
 PAGE = Path(__file__).parent / "static" / "label.html"
@@ -57,7 +57,7 @@ def label_app(store: sqlite3.Connection, name: str, rater: str = "", sharing: Sh
     """The server's application over an open store that nobody else in this process uses."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     page, pairs, one_at_a_time = PAGE.read_text(encoding="utf-8"), read_pairs(store), Lock()
-    app.add_middleware(guarded, policy=content_policy(page))
+    app.add_middleware(guarded, gate=Gate(policy=content_policy(page)))
     _say_errors_in_json(app)
 
     def state(rater: str) -> dict[str, Any]:

@@ -1,0 +1,150 @@
+"""Which models are served under which names: one base in memory, and any number of adapters on it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import FolderError, ModelError, RecipeError
+from ..folder import RunFolder, is_run_folder, manifest_problem, read_json
+from ..model.adapters import Adapter, read_adapter
+from ..model.load import Model, load, resolve
+from ..recipe import Recipe, load_recipe
+from ..world import World
+from .engine import Engine, Limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """One name: `key` is what rows carry (empty for the base itself), `root` where the weights are."""
+
+    name: str
+    key: str
+    root: str
+    since: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """A finished run as it is served: an adapter on `base`, or (`full`) a model of its own at `base`."""
+
+    name: str
+    path: Path
+    base: str
+    full: bool
+
+
+class Hall:
+    """The engine and the names by which its adapters are asked for. Used on the event loop, `opened` apart."""
+
+    def __init__(self, engine: Engine, base: Path, base_name: str) -> None:
+        self.engine, self.base, self.base_name = engine, base, base_name
+        self.served: dict[str, Served] = {}
+        self._coming: set[str] = set()
+        self._made = 0
+
+    @property
+    def model(self) -> Model:
+        """The base."""
+        return self.engine.model
+
+    def add_base(self) -> None:
+        """Answer as the base too."""
+        self.served[self.base_name] = Served(name=self.base_name, key="", root=str(self.base), since=int(time.time()))
+
+    def prepared(self, path: Path, name: str) -> Adapter:
+        """Read a run's adapter from the disk. Raises TunesmithError unless it is a finished run of this base."""
+        tuned = tuned_run(path, "lora")
+        if resolve(tuned.base) != self.base:
+            fix = f"This server holds {self.base_name}; start another for {tuned.base}."
+            raise ModelError(f"the run is an adapter of another base, {tuned.base}", where=name, fix=fix)
+        adapter = read_adapter(RunFolder(path=path).adapter)
+        self.engine.adapters.check(adapter)
+        return adapter
+
+    async def add(self, path: Path, name: str) -> None:
+        """Load a run's adapter while others are answered. Raises TunesmithError."""
+        if name in self.served or name in self._coming:
+            fix = "Unload it first, or choose another name."
+            raise ModelError(f"a model called {name} is served already", where="lora_name", fix=fix)
+        self._coming.add(name)
+        try:
+            adapter = await asyncio.to_thread(self.prepared, path, name)
+            self._made += 1
+            key = f"{name}#{self._made}"  # a name used again must not meet the rows of its first bearer
+            await asyncio.wrap_future(self.engine.add_adapter(key, adapter))
+            self.served[name] = Served(name=name, key=key, root=str(path), since=int(time.time()))
+        finally:
+            self._coming.discard(name)
+
+    def remove(self, name: str) -> None:
+        """No longer answer to the name; answers under way are finished. Raises ModelError where it is no adapter's."""
+        served = self.served.get(name)
+        if served is None or not served.key:
+            raise ModelError(f"no adapter called {name} is served", where="lora_name", fix="GET /v1/models lists them.")
+        del self.served[name]
+        self.engine.remove_adapter(served.key)
+
+
+def opened(names: Sequence[str], update: str, limits: Limits, world: World) -> Hall:
+    """Load the base that all runs share, and their adapters. `names` are run folders, or one base model alone.
+
+    A fully tuned run is a base of its own, so it is served alone. Raises TunesmithError.
+    """
+    runs = [tuned_run(Path(name), update) for name in names if is_run_folder(Path(name))]
+    plain = [name for name in names if not is_run_folder(Path(name))]
+    if plain and len(names) > 1:
+        fix = "Give run folders, or one base model alone; the base of adapters is served beside them."
+        raise FolderError("not a run folder", where=plain[0], fix=fix)
+    if len({run.name for run in runs}) < len(runs):
+        raise FolderError("two runs have the same name", where=" ".join(names), fix="Rename one of the folders.")
+    if len(runs) > 1 and any(run.full for run in runs):
+        alone = next(run for run in runs if run.full)
+        fix = "Serve it alone, or give --update lora where it has an adapter too."
+        raise ModelError("a fully tuned model shares no base with others", where=str(alone.path), fix=fix)
+    source = runs[0].base if runs else plain[0]
+    base = resolve(source)
+    strange = [run for run in runs if resolve(run.base) != base]
+    if strange:
+        what = f"an adapter of {strange[0].base}, not of {source}"
+        raise ModelError(what, where=str(strange[0].path), fix="Start a server for each base.")
+    model = load(str(base), world)
+    context = min(limits.context_tokens, model.vocabulary.context_tokens)
+    engine = Engine(model, Limits(rows=limits.rows, waiting=limits.waiting, context_tokens=context))
+    full = next((run for run in runs if run.full), None)
+    hall = Hall(engine, base, full.name if full else Path(source).name)
+    if hall.base_name in {run.name for run in runs if not run.full}:
+        raise FolderError("a run has the name of its base", where=hall.base_name, fix="Rename the folder.")
+    hall.add_base()
+    for run in (run for run in runs if not run.full):
+        asyncio.run(hall.add(run.path, run.name))
+    return hall
+
+
+def tuned_run(path: Path, update: str) -> Tuned:
+    """What a finished run hands over: its subject, or the `update` asked for. Raises TunesmithError."""
+    where = str(path)
+    if not is_run_folder(path):
+        raise FolderError("not a run folder", where=where, fix="Give the folder that `tunesmith run` printed.")
+    folder = RunFolder(path=path)
+    recipe: Recipe = load_recipe(folder.recipe)
+    if recipe.method == "reward":
+        raise RecipeError("a reward model gives scores, not answers", where=where, fix="Name the run of a policy.")
+    if update not in ("", "lora", "full"):
+        raise RecipeError(f"unknown update {update!r}", where="--update", fix="Choose lora or full.")
+    if not folder.results.is_file():
+        raise FolderError("the run is not finished", where=where, fix="Finish it with `tunesmith run`, then serve it.")
+    wanted = update or read_json(folder.results)["subject"]
+    made = folder.model if wanted == "full" else folder.adapter
+    problem = manifest_problem(made, hashes=False) if made.is_dir() else f"it has no {made.name}/"
+    if problem:
+        raise FolderError(
+            f"the run cannot be served: {problem}",
+            where=where,
+            fix="Finish it with `tunesmith run`, or choose another --update.",
+        )
+    base = str(made) if wanted == "full" else recipe.base
+    return Tuned(name=path.resolve().name, path=path, base=base, full=wanted == "full")

@@ -1,0 +1,112 @@
+"""`tunesmith serve`: from run folders to a listening server, and to its end.
+
+    tunesmith serve runs/legal_citations runs/support --port 8000
+
+The first SIGTERM or Ctrl-C closes the door: answers under way and in the queue are finished, then the process ends.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+
+import uvicorn
+
+from ..errors import RecipeError
+from ..screen import Screen
+from ..world import world_from_env
+from .app import server_app
+from .engine import Limits
+from .guard import Gate
+from .hall import Hall, opened
+from .listen import LOOPBACK, bound, is_loopback
+from .problems import refused
+
+MOST_BODY_BYTES = 4 * 1024 * 1024
+DRAIN_SECONDS = 300
+PUBLIC = frozenset({"/health"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Door:
+    """Where a server listens and who may come in."""
+
+    host: str = LOOPBACK
+    port: int = 8000
+    key: str = ""
+    names: tuple[str, ...] = ()
+
+
+def serve(models: Sequence[str], door: Door, limits: Limits, screen: Screen, *, update: str = "") -> None:
+    """Serve until told to stop. Raises TunesmithError where a run, the address or the port cannot be used."""
+    gate = gate_for(door)
+    with closing(bound(door.host, door.port)) as server_socket:
+        hall = opened(models, update, limits, world_from_env())
+        port = server_socket.getsockname()[1]
+        _announce(hall, f"http://{door.host}:{port}/v1", screen)
+        run_server(hall, gate, server_socket)
+    screen.line("every accepted answer was finished")
+
+
+def run_server(hall: Hall, gate: Gate, server_socket: socket.socket) -> None:
+    """Answer on the socket until a signal, then finish what was accepted."""
+    before = signal.signal(signal.SIGTERM, _drained)
+    try:
+        with suppress(KeyboardInterrupt):  # the usual way to stop
+            http_server(hall, gate).run(sockets=[server_socket])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        hall.engine.close()
+
+
+def http_server(hall: Hall, gate: Gate) -> uvicorn.Server:
+    """The HTTP side of it, not started yet."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            server_app(hall, gate),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+        )
+    )
+
+
+def gate_for(door: Door) -> Gate:
+    """Loopback needs no key; any other address does. Raises RecipeError."""
+    policy = "default-src 'none'; frame-ancestors 'none'"
+    loopback = is_loopback(door.host)
+    if not loopback and not door.key:
+        fix = "Set TUNESMITH_KEY (or --key), and put TLS before the server; or listen on 127.0.0.1."
+        raise RecipeError("an address that others can reach needs a key", where=f"--host {door.host}", fix=fix)
+    if not door.key.isascii() or any(letter.isspace() for letter in door.key):
+        raise RecipeError("a key is ASCII without spaces", where="--key", fix="openssl rand -hex 32 makes one.")
+    known = {"127.0.0.1", "localhost", "[::1]", *(name.lower() for name in door.names)}
+    if not loopback:
+        known |= {socket.gethostname().lower(), door.host.lower()}
+    return Gate(
+        policy=policy,
+        hosts=frozenset(known),
+        any_address=not loopback,
+        key=door.key,
+        public=PUBLIC,
+        most_body_bytes=MOST_BODY_BYTES,
+        body=refused,
+    )
+
+
+def _announce(hall: Hall, address: str, screen: Screen) -> None:
+    limits = hall.engine.limits
+    screen.line(f"models: {', '.join(hall.served)}")
+    screen.line(f"{limits.rows} answers at once, {limits.waiting} waiting, context {limits.context_tokens} tokens")
+    if hall.model.device.type == "cuda":
+        screen.warn("answered by Tunesmith's own sampler in bfloat16; vLLM would be faster on a GPU and is not used")
+    screen.line(f"{address}   (stop with Ctrl-C or SIGTERM; answers under way are finished)")
+
+
+def _drained(number: int, frame: object) -> None:
+    """uvicorn finishes its requests on SIGTERM and then raises it again; that shall not end the process early."""
