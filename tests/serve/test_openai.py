@@ -197,7 +197,7 @@ def test_the_clients_own_helper_reads_a_stream(client: OpenAI) -> None:
     with client.chat.completions.stream(model="a", messages=TURNS, temperature=0, max_tokens=TOKENS) as events:
         for _ in events:
             pass
-        assert events.get_final_completion().choices[0].message.content == text_of(chat(client))
+        assert events.current_completion_snapshot.choices[0].message.content == text_of(chat(client))
 
 
 def test_turns_may_be_parts_tools_and_their_answers(client: OpenAI) -> None:

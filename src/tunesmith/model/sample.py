@@ -313,10 +313,11 @@ def _inverse_cdf(
     """Tokens at the quantiles `draws` of the nucleus: the most likely tokens that hold `top_p` of the mass."""
     dials = torch.as_tensor(top_p, device=draws.device).expand(len(draws), 1)
     cut = dials[:, 0] < 1
+    nucleus = dials[cut].clamp_min(torch.finfo(torch.float32).tiny)  # the likeliest token is always in it
     chosen = _at_quantile(probabilities, draws)  # of all tokens any order will do, and sorting them takes long
     if bool(cut.any()):
         ordered, tokens = probabilities[cut].sort(dim=-1, descending=True, stable=True)
-        ordered = torch.where(ordered.cumsum(-1) - ordered < dials[cut], ordered, 0.0)
+        ordered = torch.where(ordered.cumsum(-1) - ordered < nucleus, ordered, 0.0)
         chosen[cut] = tokens.gather(1, _at_quantile(ordered, draws[cut])[:, None])[:, 0]
     return chosen
 

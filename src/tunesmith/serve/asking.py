@@ -57,7 +57,7 @@ async def chat_question(body: ChatBody, hall: Hall) -> Question:
         messages = to_messages(body.messages, "messages", "")
         prompt = await asyncio.to_thread(prompt_tokens, messages, hall.model.tokenizer, tools)
     except DataError as error:
-        raise Problem(400, f"{error.what}. {error.fix}", param="messages") from None
+        raise Problem(400, f"the messages cannot be read as turns. {error.fix}", param="messages") from None
     except (jinja2.TemplateError, TypeError, KeyError, ValueError, RecursionError) as error:
         raise Problem(400, f"the model's chat template cannot render this: {error}", param="messages") from None
     wanted = body.max_completion_tokens or body.max_tokens
