@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from tunesmith.errors import TunesmithError
-from tunesmith.folder import manifest_problem, read_json, write_json
+from tunesmith.folder import manifest_problem, read_json
 from tunesmith.pipeline import export as exports
 from tunesmith.pipeline.export import Wanted, export
+from tunesmith.pipeline.run import run as start
+from tunesmith.recipe import parse_recipe
 from tunesmith.screen import Screen
 
 QUIET = Screen(quiet=True)
@@ -30,6 +32,10 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
 def kept(run: Path) -> set[str]:
     folder = run / "exports"
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 @pytest.mark.slow
@@ -68,6 +74,33 @@ def test_a_gguf_passes_in_llama_cpp(run: Path, type_: str) -> None:
     out = run / "exports" / f"gguf-{type_}"
     assert {path.name for path in out.iterdir()} == {"Modelfile", "manifest.json", "parity.json", f"model-{type_}.gguf"}
     assert "TEMPLATE" in (out / "Modelfile").read_text()
+
+
+@pytest.mark.slow
+def test_a_policy_that_began_as_another_run_is_exported_with_its_base(
+    run: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("def shout(answer, item):\n    return float(sum(map(str.isupper, answer)))\n")
+    raw = {
+        "base": str(run),
+        "method": "grpo",
+        "reward": f"{own}:shout",
+        "policy": {"rollouts": 2, "prompts": 4, "group": 3},
+        "data": {"train": str(tiny_rows), "valid": 0.2, "test": 0.2},
+        "task": {"max_new_tokens": 6},
+        "train": {"learning_rate": 0.01, "evaluations": 1},
+        "evaluate": {"forgetting": False, "rows": 12, "valid_rows": 6},
+        "lora": {"rank": 4},
+        "out": str(tmp_path / "policy"),
+    }
+    start(parse_recipe(raw))
+    record = export(tmp_path / "policy", Wanted(to="adapter"), QUIET)
+    assert record["reasons"] == []
+    assert "sampled" in record["unscored"]
+    config = read_json(tmp_path / "policy" / "exports" / "adapter" / "adapter_config.json")
+    subject = read_json(run / "results.json")["subject"]
+    assert config["base_model_name_or_path"] == str(run / ("model" if subject == "full" else "merged"))
 
 
 @pytest.mark.slow
@@ -163,20 +196,20 @@ def test_rows_that_become_other_prompts_are_refused(run: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["merged", "gguf"])
 def test_a_full_disk_is_told_and_loses_nothing(run: Path, to: str) -> None:
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = contents(run)
     code = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
-        f"from tunesmith.cli import main; sys.argv = ['tunesmith', 'export', {str(run)!r}, '--to', {to!r}, '--unchecked']\n"
-        "main()"
+        f"sys.argv = ['tunesmith', 'export', {str(run)!r}, '--to', {to!r}, '--unchecked']\n"
+        "from tunesmith.cli import main; main()"
     )
     env = {**os.environ, "PYTHONPATH": str(SOURCE)}
     full = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert full.returncode == 2, full.stderr
     assert "Traceback" not in full.stderr
     assert "the disk is full" in full.stderr
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert contents(run) == before
 
 
 @pytest.mark.slow

@@ -49,18 +49,19 @@ class Transformers:
         transformers = import_module("transformers")
         self.torch, self.batch = import_module("torch"), batch
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        if base:  # an adapter is kept in float32, and so was its base when it was judged
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=self.torch.float32)
-            self.model = import_module("peft").PeftModel.from_pretrained(self.model, path)
-        else:
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(path)
-        self.model.eval()
+        # An adapter is kept in float32, and so was its base when it was judged; a folder says itself how it is stored.
+        how = {"dtype": self.torch.float32} if base else {}
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(base or path, use_safetensors=True, **how)
         end = self.model.generation_config.eos_token_id
         named = [self.tokenizer.eos_token_id] if end is None else end
         self.ends = named if isinstance(named, list) else [named]
-        self.how = transformers.GenerationConfig(do_sample=False, eos_token_id=self.ends, pad_token_id=self.ends[0])
-        program = f"transformers {version('transformers')}"
-        self.name = f"peft {version('peft')}, {program}" if base else program
+        # The end of an answer is the export's own; penalties and temperatures of the base's makers are not.
+        self.model.generation_config = transformers.GenerationConfig(eos_token_id=self.ends, pad_token_id=self.ends[0])
+        self.name = f"transformers {version('transformers')}"
+        if base:
+            self.model = import_module("peft").PeftModel.from_pretrained(self.model, path)
+            self.name = f"peft {version('peft')}, {self.name}"
+        self.model.eval()
 
     def prompt(self, row: Row) -> list[int]:
         """See Program."""
@@ -78,7 +79,7 @@ class Transformers:
             tokens = self.torch.tensor([[self.ends[0]] * (width - len(row)) + row for row in rows])
             mask = self.torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
             with self.torch.no_grad():
-                how = {"generation_config": self.how, "max_new_tokens": most_tokens}
+                how = {"do_sample": False, "max_new_tokens": most_tokens}
                 made = self.model.generate(input_ids=tokens, attention_mask=mask, **how)[:, width:].tolist()
             for row in made:
                 end = next((place + 1 for place, token in enumerate(row) if token in self.ends), len(row))

@@ -302,12 +302,13 @@ def _checked(job: Job, reference: Reference, target: Path) -> dict[str, Any]:
     bounds = EXACT if job.kind == "adapter" else BOUNDS.get(job.type, COARSE)
     try:
         reply = ask_elsewhere(job.kind, target, base, reference, job.how)
+        same = all(row.text == text for row, text in zip(reference.rows, reply.texts, strict=True))
+        differing = [] if same else differences(job.open(), reference, reply)
+        score, unscored = _score(job, reference, reply.texts)
+        found = compare(reference, reply, differing, score, bounds)
     except ModelError as error:
         return {"reasons": [error.what]}
-    same = all(row.text == text for row, text in zip(reference.rows, reply.texts, strict=True))
-    differing = [] if same else differences(job.open(), reference, reply)
-    score, unscored = _score(job, reference, reply.texts)
-    return {**compare(reference, reply, differing, score, bounds), **({"unscored": unscored} if unscored else {})}
+    return {**found, **({"unscored": unscored} if unscored else {})}
 
 
 def _score(job: Job, reference: Reference, texts: Sequence[str]) -> tuple[Contrast | None, str]:

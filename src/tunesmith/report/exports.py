@@ -16,14 +16,16 @@ def exports_table(run: RunRecord) -> Table:
     for record in run.exports:
         reasons = "; ".join(map(str, record.get("reasons") or ()))
         named = f"{record.get('kind')} {record.get('type')}"
-        cells = (named, verdict(record), _compared(record), str(record.get("path", "")))
+        cells = (named, verdict(record), _compared(record), str(record.get("path", "")))  # where it is or would be
         rows.append([Cell(text=text, note=reasons if place == 1 else "") for place, text in enumerate(cells)])
     return Table(columns=["export", "parity", "compared with what was judged", "where"], rows=rows, words=4)
 
 
 def export_sentence(record: Mapping[str, Any]) -> str:
     """The same row for the terminal."""
-    return f"{record.get('kind')} {record.get('type')}: {verdict(record)}. {_compared(record)} {record.get('path')}"
+    kept = record.get("passed") or not record.get("checked")
+    where = f" Written to {record.get('path')}" if kept else ""
+    return f"{record.get('kind')} {record.get('type')}: {verdict(record)}. {_compared(record)}{where}"
 
 
 def verdict(record: Mapping[str, Any]) -> str:
