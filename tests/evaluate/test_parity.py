@@ -55,6 +55,8 @@ def test_a_tie_is_counted_and_forgiven_and_a_preference_is_not() -> None:
     found = compare(REFERENCE, SAME, differing(0.0019), None, BOUNDS)
     assert (found["answers"]["identical"], found["answers"]["ties"], found["reasons"]) == (0.9, 1, [])
     assert reasons(SAME, 0.0019, 0.0021) == ["90% of answers are identical or tied, fewer than 99%"]
+    rounded = compare(REFERENCE, SAME, differing(0.0019, 3.0), None, Bounds(kl_nats=0.1))
+    assert (rounded["answers"]["ties"], rounded["reasons"]) == (0, [])
     assert reasons(SAME, float("inf")) == ["90% of answers are identical or tied, fewer than 99%"]
 
 

@@ -28,7 +28,7 @@ def test_a_template_and_its_default_system_turn_are_told(tiny_tokenizer: Any) ->
     assert told.count("<|im_start|>assistant\n") == 2  # a turn's beginning, and the opening at the end
     assert '{{ end }}{{ end }}<|im_start|>assistant\n"""' in told
     assert 'SYSTEM """You are a tiny assistant."""' in told
-    assert "PARAMETER stop <|im_end|>\nPARAMETER temperature 0\n" in told
+    assert 'PARAMETER stop "<|im_end|>"\nPARAMETER temperature 0\n' in told
 
 
 def test_the_beginning_of_text_is_left_to_whoever_tokenises(tiny_tokenizer: Any) -> None:

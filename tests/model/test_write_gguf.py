@@ -165,7 +165,9 @@ def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused(plain: Path) 
     path.write_text(json.dumps({**state, "normalizer": {"type": "Lowercase"}}))
     with pytest.raises(ModelError, match="cuts text in a way"):
         written(plain)
-    state["added_tokens"].append({**state["added_tokens"][0], "id": 4000, "content": "<|new|>"})
-    path.write_text(json.dumps(state))
-    with pytest.raises(ModelError, match=r"<\|new\|>' has the id 4000, and the embedding 300 rows"):
+
+
+def test_a_token_without_a_row_in_the_embedding_is_refused(plain: Path) -> None:
+    other("llama", plain, vocab_size=290)
+    with pytest.raises(ModelError, match="has the id 299, and the embedding 290 rows"):
         written(plain)

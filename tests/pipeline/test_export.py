@@ -34,6 +34,14 @@ def kept(run: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
+def rebased(run: Path, tmp_path: Path) -> Path:
+    """Let the run's recipe name a copy of its base, which may then be changed."""
+    recipe = run / "recipe.yaml"
+    (base,) = (line.removeprefix("base: ") for line in recipe.read_text().splitlines() if line.startswith("base: "))
+    recipe.write_text(recipe.read_text().replace(base, str(tmp_path / "base")))
+    return shutil.copytree(base, tmp_path / "base")
+
+
 def contents(run: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
 
@@ -105,16 +113,15 @@ def test_a_policy_that_began_as_another_run_is_exported_with_its_base(
 
 @pytest.mark.slow
 def test_a_changed_base_falls_short_and_keeps_the_older_export(run: Path, tmp_path: Path) -> None:
+    import torch
     from safetensors.torch import load_file, save_file
 
     export(run, Wanted(to="merged", update="lora", checked=False), QUIET)
     older = (run / "exports" / "merged" / "manifest.json").read_bytes()
-    recipe = run / "recipe.yaml"
-    (base,) = (line.removeprefix("base: ") for line in recipe.read_text().splitlines() if line.startswith("base: "))
-    changed = shutil.copytree(base, tmp_path / "changed")
+    changed = rebased(run, tmp_path)
     weights = load_file(changed / "model.safetensors")
-    save_file({n: w * 1.5 for n, w in weights.items()}, changed / "model.safetensors", metadata={"format": "pt"})
-    recipe.write_text(recipe.read_text().replace(base, str(changed)))
+    draws = {name: torch.randn(weight.shape) for name, weight in weights.items()}
+    save_file(draws, changed / "model.safetensors", metadata={"format": "pt"})
     record = export(run, Wanted(to="merged", update="lora"), QUIET)
     assert not record["passed"]
     assert "the base or the adapter is not the one that was judged" in record["reasons"][0]
@@ -130,11 +137,23 @@ def test_unchecked_says_so_loudly(run: Path) -> None:
     assert "NOT CHECKED" in (run / "report.html").read_text(encoding="utf-8")
 
 
-def test_an_adapter_of_another_base_is_refused(run: Path) -> None:
+def test_an_adapter_that_changed_since_it_was_written_is_refused(run: Path) -> None:
     adapter = run / "adapter"
     config = read_json(adapter / "adapter_config.json")
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": 7}))
     with pytest.raises(TunesmithError, match="not what the run handed over"):
+        export(run, Wanted(to="adapter", update="lora"), QUIET)
+    assert kept(run) == set()
+
+
+def test_an_adapter_of_another_base_is_refused(run: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    base = rebased(run, tmp_path)
+    config = AutoConfig.from_pretrained(base)
+    config.intermediate_size = 96
+    LlamaForCausalLM(config).save_pretrained(base)
+    with pytest.raises(TunesmithError, match="has another shape"):
         export(run, Wanted(to="adapter", update="lora"), QUIET)
     assert kept(run) == set()
 

@@ -38,11 +38,12 @@ MOST_SCORE_LOSS = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """What an export may differ by. `alike` is the share of answers that are identical, or differ by a tie."""
+    """What an export may differ by. `logits` and `alike`, the share of answers that are identical or differ by a tie,
+    are for exports that hold the same numbers; where weights are rounded, KL and the score decide."""
 
-    logits: float | None
     kl_nats: float
-    alike: float
+    logits: float | None = None
+    alike: float = 0.0
     score_loss: float = MOST_SCORE_LOSS
 
 
@@ -175,8 +176,7 @@ def compare(
     again = [row.text == row.before for row in rows if row.before is not None]
     logits = logit_differences(reference.logits, reply.logits)
     # Two logits that each move by d may change places if they are less than 2 d apart.
-    reach = 2 * (logits["largest_difference"] if bounds.logits is None else bounds.logits)
-    ties = sum(one.gap <= reach for one in differing)
+    ties = sum(one.gap <= 2 * (bounds.logits or 0.0) for one in differing)
     found = {
         "program": reply.program,
         "rows": n,

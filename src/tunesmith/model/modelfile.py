@@ -45,7 +45,7 @@ def modelfile(weights: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequenc
             "# The chat template inside the file cannot be told in Ollama's own words. Unless Ollama knows it by"
         )
         lines.append("# itself, prompts will differ from those that were judged: look at `ollama show --modelfile`.")
-    lines += [f"PARAMETER stop {end}" for end in ends]
+    lines += [f'PARAMETER stop "{end}"' for end in ends]
     return "\n".join([*lines, "PARAMETER temperature 0", ""])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def write_gguf(folder: Path, target: Path, kind: str, vocabulary: Vocabulary, en
         values = weights[theirs]()
         stored = _stored_as(ours, tuple(values.shape), kind, tied="output.weight" not in names)
         writer.add_tensor_info(ours, values.shape, np.dtype(np.float32), _bytes(values.shape, stored), stored)
-    with storage_errors(target):
+    with storage_errors(target), closing(writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -75,7 +76,6 @@ def write_gguf(folder: Path, target: Path, kind: str, vocabulary: Vocabulary, en
             values = weights[theirs]()
             stored = _stored_as(ours, tuple(values.shape), kind, tied="output.weight" not in names)
             writer.write_tensor_data(quantised(_turned(ours, values, config), stored))
-        writer.close()
 
 
 def quantised(values: Float[np.ndarray, "..."], stored: GGMLQuantizationType) -> np.ndarray:

@@ -56,11 +56,11 @@ PROGRAMS = {"adapter": ("peft", "peft"), "gguf": ("llama_cpp", "llama-cpp-python
 EXACT = Bounds(logits=1e-3, kl_nats=1e-6, alike=0.99)
 BOUNDS = {
     "f32": EXACT,
-    "f16": Bounds(logits=None, kl_nats=1e-3, alike=0.9),
-    "bf16": Bounds(logits=None, kl_nats=1e-2, alike=0.8),
-    "q8_0": Bounds(logits=None, kl_nats=1e-2, alike=0.8),
+    "f16": Bounds(kl_nats=1e-3),
+    "bf16": Bounds(kl_nats=1e-2),
+    "q8_0": Bounds(kl_nats=1e-2),
 }
-COARSE = Bounds(logits=None, kl_nats=0.2, alike=0.0)
+COARSE = Bounds(kl_nats=0.2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
