@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 Row = Mapping[str, Any]
 
 
+@runtime_checkable
 class Program(Protocol):
     """What is asked of each program."""
 

@@ -223,7 +223,7 @@ def _shortfalls(found: Mapping[str, Any], bounds: Bounds, score: Contrast | None
 
 
 def logit_differences(
-    judged: Float[np.ndarray, "positions V"], exported: Float[np.ndarray, "positions V"]
+    judged: Float[np.ndarray, "positions V"], exported: Float[np.ndarray, "positions W"]
 ) -> dict[str, float]:
     """Largest difference, mean KL(judged | exported) in nats, and the share of positions with the same best token."""
     if judged.shape != exported.shape:

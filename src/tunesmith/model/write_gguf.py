@@ -82,7 +82,7 @@ def quantised(values: Float[np.ndarray, "..."], stored: GGMLQuantizationType) ->
     """The bytes of a tensor. Halves overflow above 65504; that is refused by ModelError, not written as infinity."""
     from gguf.quants import quantize
 
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # blocks of next to nothing become zeros
         data = quantize(np.ascontiguousarray(values), stored)
     if data.dtype == np.float16 and not np.isfinite(data).all():
         raise ModelError("a weight is too large for 16-bit floats", where=stored.name, fix="Use --type bf16 or f32.")
