@@ -110,6 +110,27 @@ def compare(first: RunPath, second: RunPath, debug: Debug = False) -> None:
 
 
 @app.command()
+def export(
+    run_folder: RunPath,
+    to: Annotated[str, typer.Option(help="adapter, merged or gguf.", show_default=False)],
+    type_: Annotated[str, typer.Option("--type", help="f32, f16, bf16, q8_0, q4_k_m, ...; the kind's own.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder; RUN/exports/<kind> unless given.")] = None,
+    update: Annotated[str, typer.Option(help="lora or full; the run's subject unless given.")] = "",
+    rows: Annotated[int, typer.Option(min=1, help="Test rows to compare answers on.")] = 100,
+    unchecked: Annotated[bool, typer.Option("--unchecked", help="Do not compare it with what was judged.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Hand the tuned model to other programs, after comparing it there with what was judged; 1 if it falls short."""
+    from .pipeline.export import Wanted, export, show_export
+
+    wanted = Wanted(to=to, type=type_, out=out, update=update, rows=rows, checked=not unchecked)
+    record = export(run_folder, wanted, Screen(console=Console(stderr=True, soft_wrap=True)))
+    show_export(record, Screen(console=Console(soft_wrap=True)))
+    if record["checked"] and not record["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(run_folder: RunPath, debug: Debug = False) -> None:
     """Write report.html again from the run folder and print the verdict."""
     from .report.page import print_report, write_report

@@ -159,7 +159,7 @@ def test_our_path_and_that_of_transformers_give_the_same_weights(
 
     path = write(model_of(kind, tiny_model_folder), quantised=True)
     ours = load_file(convert_gguf(path, tmp_path / "ours") / "model.safetensors")
-    monkeypatch.setattr(conversion, "_CLASSES", {})
+    monkeypatch.setattr(conversion, "CLASSES", {})
     theirs = load_file(convert_gguf(path, tmp_path / "theirs") / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)

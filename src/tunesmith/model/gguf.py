@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
     from tokenizers import Tokenizer
 
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-_NAMES = {
+CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -45,7 +45,7 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CONTROL, _USER_DEFINED = 3, 4  # kinds of token in `tokenizer.ggml.token_type`
+CONTROL, USER_DEFINED = 3, 4  # kinds of token in `tokenizer.ggml.token_type`
 _UNREADABLE = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
 
 Fields = dict[str, Any]
@@ -127,16 +127,16 @@ def _refuse_scaled_rotary(path: Path, fields: Fields, reader: GGUFReader) -> Non
 def _is_direct(fields: Fields, reader: GGUFReader) -> bool:
     """Whether every tensor of the file has a known place, so that nothing is dropped."""
     architecture = fields["general.architecture"]
-    return architecture in _CLASSES and all(_target(tensor.name, architecture) for tensor in reader.tensors)
+    return architecture in CLASSES and all(tensor_target(tensor.name, architecture) for tensor in reader.tensors)
 
 
-def _target(name: str, architecture: str) -> str:
+def tensor_target(name: str, architecture: str) -> str:
     """The name of a tensor in transformers; empty if it has none."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if not match or match[2] not in _NAMES or (match[3] == "bias" and architecture != "qwen2"):
+    if not match or match[2] not in NAMES or (match[3] == "bias" and architecture != "qwen2"):
         return ""
     layer = f"model.layers.{match[1]}." if match[1] else ""
-    return f"{layer}{_NAMES[match[2]]}.{match[3]}"
+    return f"{layer}{NAMES[match[2]]}.{match[3]}"
 
 
 def _config(fields: Fields, reader: GGUFReader) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _config(fields: Fields, reader: GGUFReader) -> dict[str, Any]:
 
     heads = read("attention.head_count")
     return {
-        "architectures": [_CLASSES[architecture]],
+        "architectures": [CLASSES[architecture]],
         "model_type": architecture,
         "dtype": "float32",
         "vocab_size": shapes["token_embd.weight"][1],
@@ -184,7 +184,7 @@ def _weights(reader: GGUFReader, config: dict[str, Any]) -> Iterator[tuple[str, 
             values = _rotary_halves(values, config["num_attention_heads"])
         elif architecture == "llama" and ".attn_k." in tensor.name:
             values = _rotary_halves(values, config["num_key_value_heads"])
-        yield _target(tensor.name, architecture), values
+        yield tensor_target(tensor.name, architecture), values
 
 
 def _dequantise(tensor: ReaderTensor) -> Float[np.ndarray, "..."]:
@@ -255,9 +255,9 @@ def byte_level_tokenizer(path: Path, fields: Fields) -> Tokenizer:
         tokenizer.normalizer = normalizers.NFC()
     kinds = fields["tokenizer.ggml.token_type"]
     for token, kind in zip(tokens, kinds, strict=True):
-        if kind == _CONTROL:
+        if kind == CONTROL:
             tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif kind == _USER_DEFINED:
+        elif kind == USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
     if fields.get("tokenizer.ggml.add_bos_token"):
         bos_id = fields["tokenizer.ggml.bos_token_id"]
@@ -298,7 +298,7 @@ def _special_tokens(path: Path, fields: Fields) -> dict[str, int]:
     special = {role: int(token_id) for role, token_id in found.items() if token_id is not None}
     if "eos" not in special:
         raise ModelError("names no end-of-turn token", where=str(path), fix="Use an instruction-tuned model.")
-    control = [i for i, kind in enumerate(fields.get("tokenizer.ggml.token_type", ())) if kind == _CONTROL]
+    control = [i for i, kind in enumerate(fields.get("tokenizer.ggml.token_type", ())) if kind == CONTROL]
     wanted = [fields.get("tokenizer.ggml.padding_token_id"), special.get("unk"), *control, special.get("bos")]
     pads = [int(token_id) for token_id in wanted if token_id is not None and token_id != special["eos"]]
     if not pads:

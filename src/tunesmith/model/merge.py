@@ -15,39 +15,60 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import ModelError
-from ..folder import write_manifest, written_aside
+from ..folder import read_json, write_json, write_manifest, written_aside
 
 _PREFIX = "base_model.model."
 
 
 def merge_files(base: Path, adapter: Path, out: Path) -> Path:
     """Write `base` with `adapter` added as the transformers folder `out`. Raises ModelError where they do not fit."""
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        low_rank = load_file(adapter / "adapter_model.safetensors")
-        scale = float(config["lora_alpha"]) / float(config["r"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        fix = "Finish the run that makes it with `tunesmith run`."
-        raise ModelError(f"cannot read the adapter: {error}", where=str(adapter), fix=fix) from None
-    left = {name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in low_rank}
     with written_aside(out) as folder:
-        for path in sorted(base.iterdir()):
-            if path.suffix != ".safetensors":
-                if path.is_file() and path.name != "manifest.json":
-                    shutil.copyfile(path, folder / path.name)
-                continue
-            tensors = load_file(path)
-            for name in [name for name in tensors if name.removesuffix(".weight") in left]:
-                tensors[name] = _sum(tensors[name], name.removesuffix(".weight"), low_rank, scale)
-                left.discard(name.removesuffix(".weight"))
-            save_file(tensors, folder / path.name, metadata={"format": "pt"})
-        if left:
-            fix = "Use the base that the adapter was trained on."
-            raise ModelError(f"the base has no weight {min(left)}", where=str(adapter), fix=fix)
+        write_plain(base, adapter, folder)
         write_manifest(folder)
     return out
 
 
+def write_plain(base: Path, adapter: Path | None, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Fill `folder` with the files of `base`, its weights with `adapter` added, all of them stored as `dtype`."""
+    low_rank, scale = _read_adapter(adapter) if adapter else ({}, 0.0)
+    left = {name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in low_rank}
+    for path in sorted(base.iterdir()):
+        if path.suffix != ".safetensors":
+            if path.is_file() and path.name != "manifest.json":
+                shutil.copyfile(path, folder / path.name)
+            continue
+        tensors = load_file(path)
+        for name in tensors:
+            layer = name.removesuffix(".weight")
+            if layer in left:
+                tensors[name] = _sum(tensors[name], layer, low_rank, scale)
+                left.discard(layer)
+            if tensors[name].is_floating_point():
+                tensors[name] = tensors[name].to(dtype)
+        save_file(tensors, folder / path.name, metadata={"format": "pt"})
+    if left == {"lm_head"}:
+        what = "the adapter changes the output layer, which shares its weights with the embedding"
+        raise ModelError(what, where=str(adapter), fix="Use the adapter beside its base: the two cannot be one model.")
+    if left:
+        fix = "Use the base that the adapter was trained on."
+        raise ModelError(f"the base has no weight {min(left)}", where=str(adapter), fix=fix)
+    config = read_json(folder / "config.json")
+    config.pop("torch_dtype", None)  # the older name; whoever opens the folder takes the weights as they are stored
+    write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+
+
+def _read_adapter(adapter: Path) -> tuple[dict[str, Tensor], float]:
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        return load_file(adapter / "adapter_model.safetensors"), float(config["lora_alpha"]) / float(config["r"])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        fix = "Finish the run that makes it with `tunesmith run`."
+        raise ModelError(f"cannot read the adapter: {error}", where=str(adapter), fix=fix) from None
+
+
 def _sum(weight: Tensor, name: str, low_rank: dict[str, Tensor], scale: float) -> Tensor:
     a, b = (low_rank[f"{_PREFIX}{name}.lora_{side}.weight"].float() for side in "AB")
+    if weight.shape != (b.shape[0], a.shape[1]):
+        fix = "Use the base that the adapter was trained on."
+        raise ModelError(f"the adapter does not fit this base: {name} has another shape", where=name, fix=fix)
     return torch.addmm(weight.float(), b, a, alpha=scale).contiguous()

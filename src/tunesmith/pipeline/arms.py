@@ -162,6 +162,7 @@ def _once(arm: str, items: Sequence[Item], folder: RunFolder, fresh: Callable[[]
         {
             "id": item.id,
             "prompt": [as_dict(message) for message in item.prompt],
+            **({"tools": [dict(tool) for tool in item.tools]} if item.tools else {}),
             "reference": item.reference,
             "answer": found.answers[place],
             "scores": {name: float(values[place]) for name, values in found.scores.items()},

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from . import charts, findings, tables, words
+from . import charts, exports, findings, tables, words
 from .drawing import Chart
 from .findings import Tile
 from .record import RunRecord, part
@@ -74,6 +74,7 @@ _TABLES = {
     "ledger": tables.ledger_table,
     "derived": tables.derived_table,
     "origin": tables.origin_table,
+    "exports": exports.exports_table,
 }
 
 

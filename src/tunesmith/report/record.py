@@ -43,6 +43,7 @@ class RunRecord:
     steps: tuple[Json, ...]
     ledger: tuple[LedgerGroup, ...]
     answers: Mapping[str, tuple[Json, ...]]
+    exports: tuple[Json, ...] = ()
 
     @property
     def method(self) -> str:
@@ -131,6 +132,7 @@ def read_record(folder: Path) -> RunRecord:
         steps=tuple(_rows(files.metrics)),
         ledger=_group(_rows(files.ledger)),
         answers={path.stem: tuple(_rows(path)) for path in sorted((files.path / "answers").glob("*.jsonl"))},
+        exports=tuple(_mapping(path) for path in sorted((files.path / "exports").glob("*.json"))),
     )
 
 

@@ -1,0 +1,349 @@
+"""`tunesmith export`: a finished run's model for other programs, handed over only if it is still the model judged.
+
+    read what was judged -> write the export aside -> open it in the other program -> compare -> put it in place
+
+An export that falls short is not kept; what was compared is, as exports/<name>.failed.json in the run folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import __version__
+from ..data.render import as_dict, render
+from ..errors import FolderError, ModelError, RecipeError, TunesmithError
+from ..evaluate.metrics import MODEL_METRICS, find_metric
+from ..evaluate.parity import Bounds, Reference, ask_elsewhere, compare, differences, refer, run_elsewhere
+from ..evaluate.stats import contrast
+from ..folder import (
+    RunFolder,
+    is_run_folder,
+    locked,
+    manifest_problem,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_manifest,
+    write_text,
+    written_aside,
+)
+from ..model.builtin import builtin_model
+from ..model.load import Model, Vocabulary, load_vocabulary, resolve
+from ..model.merge import write_plain
+from ..model.modelfile import modelfile
+from ..model.sample import Sampling
+from ..model.write_gguf import TYPES, check_architecture, write_gguf
+from ..recipe import Recipe, load_recipe
+from ..report.exports import export_sentence
+from ..report.page import write_report
+from ..screen import Screen
+from ..types import Contrast, Conversation, Item, Measurement, Message
+from ..world import World
+from .again import open_model
+
+LLAMA_CPP_TYPES = {"q3_k_m": 12, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # llama.cpp quantises these itself
+KINDS = {"adapter": ("f32",), "merged": ("f32", "bf16", "f16"), "gguf": ("q8_0", *TYPES, *LLAMA_CPP_TYPES)}
+PROGRAMS = {"adapter": ("peft", "peft"), "gguf": ("llama_cpp", "llama-cpp-python")}
+EXACT = Bounds(logits=1e-3, kl_nats=1e-6, alike=0.99)
+BOUNDS = {
+    "f32": EXACT,
+    "f16": Bounds(kl_nats=1e-3),
+    "bf16": Bounds(kl_nats=1e-2),
+    "q8_0": Bounds(kl_nats=1e-2),
+}
+COARSE = Bounds(kl_nats=0.2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What to export and where to; an empty `type`, `out` or `update` is derived."""
+
+    to: str
+    type: str = ""
+    out: Path | None = None
+    update: str = ""
+    rows: int = 100
+    checked: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A finished run and how it was judged."""
+
+    folder: RunFolder
+    recipe: Recipe
+    update: str
+    kind: str
+    type: str
+    answers: Sequence[Mapping[str, Any]]
+    how: Sampling
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """Of the export's folder: its kind, and its type where that is not float32."""
+        return self.kind if self.type == "f32" and self.kind != "gguf" else f"{self.kind}-{self.type}"
+
+    def open(self) -> Model:
+        """The model that was judged, in the engine that judged it."""
+        return open_model(str(self.folder.path), World(), self.update)
+
+
+def export(run_folder: Path, wanted: Wanted, screen: Screen) -> dict[str, Any]:
+    """Write and check one export; returns what parity.json says, with `passed` and `path`. Raises TunesmithError."""
+    job = _read(run_folder, wanted)
+    out = wanted.out or job.folder.path / "exports" / job.name
+    _refuse_foreign(out)
+    with locked(job.folder):
+        screen.stage("Reference", f"{len(job.answers)} test rows, answered by the run's own model")
+        reference, vocabulary = _reference(job)
+        record = {"schema": 1, "tunesmith": __version__, "kind": job.kind, "type": job.type, "update": job.update}
+        record |= {"path": str(out), "checked": wanted.checked, "passed": False}
+        failed = job.folder.path / "exports" / f"{job.name}.failed.json"
+        try:
+            with written_aside(out) as folder:
+                screen.stage("Write", str(out))
+                target = _write(job, reference, vocabulary, folder)
+                if wanted.checked:
+                    screen.stage("Check", "opened by the program that it is for")
+                    record |= _checked(job, reference, target)
+                    if record["reasons"]:
+                        raise _FallsShort
+                record["passed"] = wanted.checked
+                write_json(folder / "parity.json", record)
+                write_manifest(folder)
+        except _FallsShort:
+            write_json(failed, record)
+        else:
+            write_json(failed.with_name(f"{job.name}.json"), record)
+            failed.unlink(missing_ok=True)
+        write_report(job.folder.path)
+    return record
+
+
+def show_export(record: Mapping[str, Any], screen: Screen) -> None:
+    """What was compared and how it ended, as the report says it."""
+    screen.line(export_sentence(record))
+    for reason in record.get("reasons", ()):
+        screen.line(f"falls short: {reason}")
+
+
+class _FallsShort(Exception):
+    """Leave the block in which an export is written, so that nothing of it stays."""
+
+
+# What is asked for
+
+
+def _read(run_folder: Path, wanted: Wanted) -> Job:
+    """Everything that can be wrong before work begins."""
+    folder, where = RunFolder(path=run_folder), str(run_folder)
+    finish = "Finish it with `tunesmith run`; then export it."
+    if not is_run_folder(run_folder):
+        raise FolderError("not a run folder", where=where, fix="Give the folder that `tunesmith run` printed.")
+    if not folder.results.is_file():
+        raise FolderError("the run has not finished, so nothing was judged", where=where, fix=finish)
+    recipe, results, plan = load_recipe(folder.recipe), read_json(folder.results), read_json(folder.plan)
+    if recipe.method == "reward":
+        raise RecipeError("a reward model gives scores, not answers", where=where, fix="Export the run of a policy.")
+    kind, stored = _kind(wanted)
+    update = wanted.update or str(results["subject"])
+    if update not in recipe.update:
+        known = ", ".join(recipe.update)
+        raise RecipeError(f"the run has no update {update!r}", where="--update", fix=f"It has: {known}.")
+    if kind == "adapter" and update == "full":
+        what = "all weights were tuned, so there is no adapter"
+        raise RecipeError(what, where="--to adapter", fix="Use --to merged.")
+    made = folder.adapter if update == "lora" else folder.model
+    if problem := manifest_problem(made):
+        raise FolderError(f"not what the run handed over: {problem}", where=str(made), fix="Run the recipe again.")
+    answers = read_jsonl(folder.answers(update))[: wanted.rows]
+    if not answers or not {"root", "max_new_tokens"} <= set(plan):
+        raise FolderError("keeps no answers to compare with", where=where, fix="Run the recipe again.")
+    return Job(
+        folder=folder,
+        recipe=recipe,
+        update=update,
+        kind=kind,
+        type=stored,
+        answers=answers,
+        how=Sampling(max_new_tokens=plan["max_new_tokens"], batch=recipe.evaluate.batch),
+        root=Path(plan["root"]),
+    )
+
+
+def _kind(wanted: Wanted) -> tuple[str, str]:
+    """Kind and type of the export, both known, and the program to check it with at hand."""
+    if wanted.to not in KINDS:
+        raise RecipeError(f"unknown export {wanted.to!r}", where="--to", fix=f"Choose one of: {', '.join(KINDS)}.")
+    types = tuple(dict.fromkeys(KINDS[wanted.to]))
+    stored = (wanted.type or types[0]).lower()
+    if stored not in types:
+        raise RecipeError(f"unknown type {stored!r}", where="--type", fix=f"{wanted.to} has: {', '.join(types)}.")
+    module, package = PROGRAMS.get(wanted.to, ("transformers", "transformers"))
+    by_llama_cpp = stored in LLAMA_CPP_TYPES
+    if (wanted.checked or by_llama_cpp) and find_spec(module) is None:
+        need = f"{stored} is quantised by llama.cpp itself" if by_llama_cpp else "the export is checked in the program"
+        fix = f"pip install '{package}' (or 'tunesmith[export]')"
+        fix += "" if by_llama_cpp else ", or add --unchecked to take it on trust."
+        raise ModelError(f"{package} is not installed, and {need} that it is for", where=f"--to {wanted.to}", fix=fix)
+    return wanted.to, stored
+
+
+def _refuse_foreign(out: Path) -> None:
+    if out.exists() and not (out / "parity.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise FolderError("holds something that is not an export", where=str(out), fix="Choose another --out.")
+
+
+def _reference(job: Job) -> tuple[Reference, Vocabulary]:
+    """The judged model's prompts, answers and logits. Raises ModelError where rows no longer give the same prompts."""
+    model = job.open()
+    if job.kind == "gguf":
+        check_architecture(model.hf.config, model.vocabulary.folder)
+    generated = job.recipe.method == "sft" and not set(job.answers[0]["scores"]) <= MODEL_METRICS  # and greedily
+    before = [line["answer"] if generated else None for line in job.answers]
+    reference = refer(model, [_item(line) for line in job.answers], before, job.how)
+    for row, line in zip(reference.rows, job.answers, strict=True):
+        if row.item.prompt and line.get("prompt_tokens", len(row.prompt)) != len(row.prompt):
+            what = f"row {line['id']} had {line['prompt_tokens']} prompt tokens when judged, now {len(row.prompt)}"
+            fix = "The base's template or tokenizer has changed, or the row has tools and an old run: run again."
+            raise ModelError(what, where=str(job.folder.path), fix=fix)
+    return reference, model.vocabulary
+
+
+def _item(line: Mapping[str, Any]) -> Item:
+    prompt = tuple(Message(**{**turn, "tool_calls": tuple(turn.get("tool_calls", ()))}) for turn in line["prompt"])
+    return Item(prompt=prompt, reference=line["reference"], id=line["id"], tools=tuple(line.get("tools", ())))
+
+
+# Writing
+
+
+def _write(job: Job, reference: Reference, vocabulary: Vocabulary, folder: Path) -> Path:
+    """Fill the folder; returns what the other program is to open."""
+    if job.kind == "adapter":
+        _write_adapter(job, vocabulary, folder)
+        return folder
+    if job.kind == "merged":
+        _write_merged(job, vocabulary, folder, {"f32": torch.float32, "bf16": torch.bfloat16}.get(job.type, torch.half))
+        return folder
+    target = folder / f"model-{job.type}.gguf"
+    end = _end_of_turn(vocabulary)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        plain = Path(name)
+        _write_merged(job, vocabulary, plain, torch.float32)
+        by_llama_cpp = job.type in LLAMA_CPP_TYPES
+        first = plain / "first.gguf" if by_llama_cpp else target
+        title = job.folder.path.resolve().name
+        write_gguf(plain, first, "f32" if by_llama_cpp else job.type, load_vocabulary(str(plain)), end, title)
+        if by_llama_cpp:
+            file_type = LLAMA_CPP_TYPES[job.type]
+            request = {"kind": "quantise", "source": str(first), "path": str(target), "file_type": file_type}
+            run_elsewhere(request, plain)
+    turns = [[as_dict(message) for message in row.item.prompt] for row in reference.rows if not row.item.tools]
+    ends = [
+        str(vocabulary.tokenizer.convert_ids_to_tokens(token))
+        for token in {end: None, **dict.fromkeys(vocabulary.eos_ids)}
+    ]
+    write_text(folder / "Modelfile", modelfile(target.name, vocabulary.tokenizer, [t for t in turns if t], ends))
+    return target
+
+
+def _write_adapter(job: Job, vocabulary: Vocabulary, folder: Path) -> None:
+    """The run's adapter, naming its base so that peft finds it from anywhere."""
+    for path in sorted(job.folder.adapter.iterdir()):
+        if path.is_file() and path.name != "manifest.json":
+            shutil.copyfile(path, folder / path.name)
+    config = read_json(folder / "adapter_config.json")
+    write_json(folder / "adapter_config.json", {**config, "base_model_name_or_path": _base_name(job.recipe.base)})
+    vocabulary.tokenizer.save_pretrained(folder)
+
+
+def _base_name(base: str) -> str:
+    """A hub id as it is, anything else as the absolute path of its plain folder."""
+    is_hub_id = builtin_model(base) is None and not Path(base).expanduser().exists()
+    return base if is_hub_id else str(resolve(base).resolve())
+
+
+def _write_merged(job: Job, vocabulary: Vocabulary, folder: Path, dtype: torch.dtype) -> None:
+    """A plain folder: weights, the tokenizer and template that were used, and every token that ends an answer."""
+    if job.update == "full":
+        write_plain(job.folder.model, None, folder, dtype)
+    else:
+        write_plain(resolve(job.recipe.base), job.folder.adapter, folder, dtype)
+    vocabulary.tokenizer.save_pretrained(folder)
+    generation = folder / "generation_config.json"
+    kept = read_json(generation) if generation.is_file() else {}
+    write_json(generation, {**kept, "eos_token_id": list(vocabulary.eos_ids)})
+
+
+def _end_of_turn(vocabulary: Vocabulary) -> int:
+    """The token that a trained answer ends with."""
+    turns = (Message(role="user", content="a"), Message(role="assistant", content="b"))
+    row = Conversation(messages=turns, id="", source="")
+    return int(render(row, vocabulary.tokenizer, vocabulary.eos_ids)[-1].tokens[-1])
+
+
+# Checking
+
+
+def _checked(job: Job, reference: Reference, target: Path) -> dict[str, Any]:
+    """What was compared, with the reasons why it falls short, if it does."""
+    base = _base_name(job.recipe.base) if job.kind == "adapter" else ""
+    bounds = EXACT if job.kind == "adapter" else BOUNDS.get(job.type, COARSE)
+    try:
+        reply = ask_elsewhere(job.kind, target, base, reference, job.how)
+        same = all(row.text == text for row, text in zip(reference.rows, reply.texts, strict=True))
+        differing = [] if same else differences(job.open(), reference, reply)
+        score, unscored = _score(job, reference, reply.texts)
+        found = compare(reference, reply, differing, score, bounds)
+    except ModelError as error:
+        return {"reasons": [error.what]}
+    return {**found, **({"unscored": unscored} if unscored else {})}
+
+
+def _score(job: Job, reference: Reference, texts: Sequence[str]) -> tuple[Contrast | None, str]:
+    """The task score of the export minus that of the judged answers, or why it cannot be told."""
+    task, evaluate = job.recipe.task, job.recipe.evaluate
+    if job.recipe.method != "sft":
+        return None, "the policy's answers were sampled and scored by its reward, so logits and answers decide"
+    metric = next((name for name in (task.metric, *task.also) if name not in MODEL_METRICS), "")
+    if not metric:
+        return None, "the metrics are of the model's probabilities, so logits and answers decide"
+    items = [row.item for row in reference.rows]
+    given = [line["answer"] for line in job.answers]
+    stored = np.array([line["scores"][metric] for line in job.answers])
+    try:
+        grade = find_metric(metric, task, job.root)
+        again, found = np.array(grade(items, given), dtype=float), np.array(grade(items, texts), dtype=float)
+    except TunesmithError as error:
+        return None, f"{metric} could not be computed again ({error.what})"
+    if not np.allclose(again, stored):
+        return None, f"{metric} gives the judged answers other scores now, so it reads more than prompt and reference"
+    arms = [
+        _arm(name, items, text, metric, scores)
+        for name, text, scores in (("exported", texts, found), ("judged", given, stored))
+    ]
+    return contrast(*arms, metric, evaluate.level, evaluate.seed), ""
+
+
+def _arm(name: str, items: Sequence[Item], texts: Sequence[str], metric: str, scores: np.ndarray) -> Measurement:
+    none = np.zeros(len(items), dtype=np.int64)
+    return Measurement(
+        arm=name,
+        ids=tuple(item.id for item in items),
+        answers=tuple(texts),
+        scores={metric: scores},
+        prompt_tokens=none,
+        completion_tokens=none,
+        seconds=0.0,
+    )
