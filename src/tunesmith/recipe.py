@@ -20,6 +20,7 @@ Layout = Literal["auto", "prompt_completion", "messages", "instruction", "text",
 Method = Literal["sft", "reward", "dpo", "ppo", "grpo"]
 Update = Literal["lora", "full"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Price = Annotated[float, Field(ge=0.0)]
 
 
 class Spec(BaseModel):
@@ -161,6 +162,26 @@ class EvaluateSpec(Spec):
     )
 
 
+class DistillSpec(Spec):
+    """Who answers the inputs of `tunesmith distill`, and when the student is as good (docs/distill.md)."""
+
+    teacher: str = Field(default="", description="a base or finished run, or an OpenAI-compatible URL ending in /v1")
+    model: str = Field(default="", description="the teacher's name at that URL")
+    shots: str | None = Field(default=None, description="a file of examples that the teacher is shown as earlier turns")
+    agreement: int = Field(default=1, ge=1, le=32, description="answers drawn per input, kept where all agree")
+    temperature: float | None = Field(
+        default=None, ge=0, description="of the teacher's answers; 0, or 0.7 where several must agree"
+    )
+    check_references: bool = Field(
+        default=True, description="drop training answers that task.metric finds wrong, where the row has a reference"
+    )
+    key_env: str = Field(default="OPENAI_API_KEY", description="the environment variable that holds the key")
+    requests_per_minute: float | None = Field(default=None, gt=0, description="no more requests than this")
+    parallel: int = Field(default=4, ge=1, le=256, description="requests under way at once")
+    price: tuple[Price, Price] | None = Field(default=None, description="of a million tokens: prompt, answer")
+    margin: float = Field(default=0.05, gt=0, description="how much worse than the teacher still counts as equal")
+
+
 class Recipe(Spec):
     """One run: base model, data, task, method."""
 
@@ -177,6 +198,7 @@ class Recipe(Spec):
     reward: RewardSpec = RewardSpec()
     policy: PolicySpec = PolicySpec()
     evaluate: EvaluateSpec = EvaluateSpec()
+    distill: DistillSpec = DistillSpec()
     out: str | None = Field(default=None, description="run folder; runs/<recipe name> unless given")
 
     @field_validator("reward", mode="before")
