@@ -167,7 +167,7 @@ class DistillSpec(Spec):
 
     teacher: str = Field(default="", description="a base or finished run, or an OpenAI-compatible URL ending in /v1")
     model: str = Field(default="", description="the teacher's name at that URL")
-    shots: str | None = Field(default=None, description="a file of examples that the teacher is shown as earlier turns")
+    shots: str | None = Field(default=None, description="a file of examples for the teacher to see, beside the recipe")
     agreement: int = Field(default=1, ge=1, le=32, description="answers drawn per input, kept where all agree")
     temperature: float | None = Field(
         default=None, ge=0, description="of the teacher's answers; 0, or 0.7 where several must agree"

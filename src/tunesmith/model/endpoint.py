@@ -131,10 +131,14 @@ def answer_all(endpoint: Endpoint, questions: Sequence[Question], keep: Callable
     with httpx2.Client(headers=headers, timeout=endpoint.timeout_seconds) as client:
 
         def one(question: Question) -> None:
-            reply = _until_answered(client, endpoint, question, pace)
-            if reply:
-                with writing:
-                    keep(question, reply)
+            try:
+                reply = _until_answered(client, endpoint, question, pace)
+                if reply:
+                    with writing:
+                        keep(question, reply)
+            except BaseException:
+                pace.stop.set()  # here, before this thread takes the next question
+                raise
 
         one(questions[0])  # alone, so that a wrong key or address is told once
         with ThreadPoolExecutor(endpoint.parallel) as pool:

@@ -77,7 +77,7 @@ def plan_distillation(recipe: Recipe, screen: Screen, root: Path = Path()) -> Di
     screen.stage("Inputs", recipe.data.train)
     rows, ledger = _inputs(recipe)
     teacher_reads_system = endpoint is not None or takes_system(load_vocabulary(recipe.distill.teacher).tokenizer)
-    prompting = prompting_of(recipe, teacher_reads_system)
+    prompting = prompting_of(recipe, root, teacher_reads_system)
     samples = {"train": recipe.distill.agreement, "valid": recipe.distill.agreement, "test": 1}
     asked = {
         name: list(zip(part, questions_for(recipe, prompting, part, samples[name]), strict=True))

@@ -54,10 +54,11 @@ def is_remote(recipe: Recipe) -> bool:
     return "://" in recipe.distill.teacher
 
 
-def prompting_of(recipe: Recipe, system: bool) -> Prompting:
+def prompting_of(recipe: Recipe, root: Path, system: bool) -> Prompting:
     """The teacher's long prompt: task.instructions and the examples of distill.shots. Raises RecipeError, DataError."""
     shots: tuple[Conversation, ...] = ()
-    if source := recipe.distill.shots:
+    if recipe.distill.shots:
+        source = str(root / recipe.distill.shots)
         shots = tuple(conversations(list(read(source, DataSpec(train=source)))))
     instructions = recipe.task.instructions
     return Prompting(name="teacher", instructions=instructions, placement="system" if system else "user", shots=shots)
