@@ -62,8 +62,8 @@ def distill(
     debug: Debug = False,
 ) -> None:
     """Train a student to do without a long prompt: collect a teacher's answers, tune, and compare the two."""
+    from .pipeline.distill import bill, plan_distillation
     from .pipeline.distill import distill as distill_recipe
-    from .pipeline.distill import plan_distillation
     from .report.page import print_report
     from .world import world_from_env
 
@@ -72,9 +72,9 @@ def distill(
     plan = plan_distillation(load_recipe(recipe, tuple(set_ or ())), screen, recipe.parent)
     if world.leads and plan.requests and plan.costs_money and not yes:
         if not sys.stdin.isatty():
-            what, fix = f"{plan.requests:,} requests may cost money", "Look at the plan above, then add --yes."
-            raise RecipeError(what, where="distill", fix=fix)
-        typer.confirm(f"Send {plan.requests:,} requests?", abort=True, err=True)
+            what = f"{plan.requests:,} requests may cost money ({bill(plan)})"
+            raise RecipeError(what, where="distill", fix="If that is meant, add --yes.")
+        typer.confirm(f"{bill(plan)}\nSend {plan.requests:,} requests?", abort=True, err=True)
     folder = distill_recipe(plan, world, screen)
     if world.leads:
         if json_:

@@ -259,6 +259,24 @@ def test_no_inputs_and_rows_that_ask_nothing_are_told(raw: Make, tmp_path: Path)
         plan_distillation(parse_recipe(raw({"data.train": str(tmp_path / "text.jsonl")})), QUIET)
 
 
+def test_inputs_may_have_other_columns_and_the_test_file_references(raw: Make, tmp_path: Path, tiny_rows: Path) -> None:
+    rows = read_jsonl(tiny_rows)
+    write_jsonl(tmp_path / "in.jsonl", [{"id": n, "prompt": row["prompt"]} for n, row in enumerate(rows[:60])])
+    write_jsonl(tmp_path / "test.jsonl", rows[60:])
+    files = {"data.train": str(tmp_path / "in.jsonl"), "data.test": str(tmp_path / "test.jsonl")}
+    plan = plan_distillation(parse_recipe(raw(files)), QUIET)
+    assert all(not row.completion and "id" in row.extra for row, _ in plan.asked["train"])
+    assert all(row.completion for row, _ in plan.asked["test"])
+    assert plan.requests == len(plan.asked["train"]) + 8 + 20  # evaluate.valid_rows, evaluate.rows
+
+
+def test_a_key_that_no_header_can_carry_is_told_without_it(raw: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "schl\u00fcssel")
+    with pytest.raises(RecipeError, match="no header can carry") as caught:
+        plan_distillation(parse_recipe(raw()), QUIET)
+    assert "schl" not in str(caught.value)
+
+
 def test_run_points_to_distill(raw: Make) -> None:
     with pytest.raises(RecipeError, match="tunesmith distill"):
         run(parse_recipe(raw()))

@@ -10,24 +10,28 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..data.curate import SPLITS, curate
-from ..data.layout import PROMPT_ONLY, is_prompt_only
-from ..data.read import read
+from ..data.files import records
+from ..data.layout import PROMPT_ONLY, find_columns, is_prompt_only
+from ..data.read import BUILTIN, read
 from ..data.render import as_dict
-from ..data.split import split
+from ..data.split import in_order, split
+from ..data.store import stored_rows
 from ..errors import DataError, RecipeError
 from ..evaluate.systems import takes_system
 from ..folder import RunFolder, locked, write_jsonl
 from ..model.endpoint import Endpoint, Question, Reply, answer_all, check_url
 from ..model.load import Vocabulary, load, load_vocabulary, resolve
-from ..recipe import Recipe
+from ..recipe import DataSpec, Recipe
 from ..screen import Screen
 from ..types import Conversation, LedgerEntry
 from ..world import World
@@ -49,12 +53,16 @@ from .teacher import (
     why_not,
 )
 
+MOST_COUNTED = 500  # prompts that the plan tokenizes; the others are like them
 Asked = list[tuple[Conversation, list[Question]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distillation:
-    """All that was read and checked, and what is still to be asked. `costs_money` where somebody may send a bill."""
+    """All that was read and checked, and what is still to be asked: so many `requests`, each of about `prompt_tokens`.
+
+    `costs_money` where somebody may send a bill.
+    """
 
     recipe: Recipe
     root: Path
@@ -65,6 +73,7 @@ class Distillation:
     endpoint: Endpoint | None
     vocabulary: Vocabulary
     requests: int
+    prompt_tokens: float
     costs_money: bool
 
 
@@ -83,7 +92,9 @@ def plan_distillation(recipe: Recipe, screen: Screen, root: Path = Path()) -> Di
         name: list(zip(part, questions_for(recipe, prompting, part, samples[name]), strict=True))
         for name, part in rows.items()
     }
-    distillation = Distillation(
+    questions = _questions(asked)
+    some = questions[:: max(1, len(questions) // MOST_COUNTED)]
+    plan = Distillation(
         recipe=recipe,
         root=root,
         folder=folder,
@@ -92,11 +103,12 @@ def plan_distillation(recipe: Recipe, screen: Screen, root: Path = Path()) -> Di
         checks=checks_of(recipe, root),
         endpoint=endpoint,
         vocabulary=vocabulary,
-        requests=len(unanswered(_questions(asked), read_answers(folder / "answers.jsonl"))),
+        requests=len(unanswered(questions, read_answers(folder / "answers.jsonl"))),
+        prompt_tokens=float(np.mean([count_prompt(question.messages, vocabulary) for question in some])),
         costs_money=recipe.distill.price is not None or (endpoint is not None and not endpoint.is_local),
     )
-    _show(distillation, screen)
-    return distillation
+    _show(plan, screen)
+    return plan
 
 
 def distill(plan: Distillation, world: World, screen: Screen) -> RunFolder:
@@ -137,10 +149,14 @@ def _check(recipe: Recipe) -> None:
 def _endpoint(recipe: Recipe) -> Endpoint:
     spec = recipe.distill
     check_url(spec.teacher)
+    key = os.environ.get(spec.key_env, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        fix = f"Set {spec.key_env} again; a key has letters, digits and signs only."
+        raise RecipeError("the key holds characters that no header can carry", where="distill.key_env", fix=fix)
     return Endpoint(
         url=spec.teacher,
         model=spec.model,
-        key=os.environ.get(spec.key_env, "").strip(),
+        key=key,
         key_name=spec.key_env,
         requests_per_minute=spec.requests_per_minute,
         parallel=spec.parallel,
@@ -150,7 +166,11 @@ def _endpoint(recipe: Recipe) -> Endpoint:
 def _inputs(recipe: Recipe) -> tuple[dict[str, list[Conversation]], Sequence[LedgerEntry]]:
     """Inputs by split, each once, no more held-out ones than will be used. Raises DataError."""
     spec = recipe.data
-    kept, ledger = curate(split(read(spec.train, spec), spec), spec)
+    files = {name: part for name in ("valid", "test") if isinstance(part := getattr(spec, name), str)}
+    shares = spec.model_copy(update=dict.fromkeys(files, 0.0))
+    whole = split(read(spec.train, _layout(spec.train, spec)), shares)
+    held_out = {name: in_order(stored_rows(read(file, _layout(file, spec))), spec.seed) for name, file in files.items()}
+    kept, ledger = curate(replace(whole, **held_out), spec)
     most = {"train": None, "valid": recipe.evaluate.valid_rows, "test": recipe.evaluate.rows}
     rows: dict[str, list[Conversation]] = {}
     for name in SPLITS:
@@ -165,6 +185,17 @@ def _inputs(recipe: Recipe) -> tuple[dict[str, list[Conversation]], Sequence[Led
     return rows, ledger
 
 
+def _layout(source: str, spec: DataSpec) -> DataSpec:
+    """The recipe's way to read a file; a prompt beside other columns, none of which is an answer, is an input here."""
+    if spec.layout != "auto" or source.startswith(BUILTIN):
+        return spec
+    for where, fields in islice(records(source), 1):
+        with suppress(DataError):
+            find_columns(list(fields), spec, where)
+            return spec
+    return spec.model_copy(update={"layout": "prompt"})
+
+
 def _questions(asked: Mapping[str, Asked]) -> list[Question]:
     return [question for part in asked.values() for _, questions in part for question in questions]
 
@@ -172,29 +203,36 @@ def _questions(asked: Mapping[str, Asked]) -> list[Question]:
 def _show(plan: Distillation, screen: Screen) -> None:
     """What will be asked, how long that takes at the rate limit, and what it may cost."""
     spec, sizes = plan.recipe.distill, {name: len(part) for name, part in plan.asked.items()}
-    questions = _questions(plan.asked)
-    prompts = np.array([count_prompt(question.messages, plan.vocabulary) for question in questions])
-    most = questions[0].max_new_tokens
-    screen.line(
-        ", ".join(f"{count:,} {name}" for name, count in sizes.items()) + f" inputs of {plan.recipe.data.train}"
-    )
+    screen.line(", ".join(f"{count:,} {name}" for name, count in sizes.items()) + " inputs")
     at = f" at {spec.teacher}" if plan.endpoint else " on this machine"
     screen.stage("Teacher", f"{spec.model or spec.teacher}{at}")
-    stored = len({question.id for question in questions}) - plan.requests
+    stored = len({question.id for question in _questions(plan.asked)}) - plan.requests
     kept = f"; {stored:,} answers are here already" if stored else ""
-    screen.line(f"{plan.requests:,} requests of about {prompts.mean():,.0f} prompt tokens{kept}")
+    screen.line(f"{plan.requests:,} requests of about {plan.prompt_tokens:,.0f} prompt tokens{kept}")
     whose = " (counted with the student's tokenizer)" if plan.endpoint else ""
-    tokens = plan.requests * float(prompts.mean())
-    screen.line(f"{tokens:,.0f} prompt tokens{whose}, answers of at most {most} tokens")
-    if spec.price:
-        low = tokens * spec.price[0] / 1e6
-        high = low + plan.requests * most * spec.price[1] / 1e6
-        screen.line(f"cost: {low:,.2f} for the prompts, at most {high:,.2f} with the answers, at the prices given")
-    elif plan.costs_money:
-        screen.line("cost: unknown; distill.price: [prompt, answer] per million tokens would tell it")
+    total = plan.requests * plan.prompt_tokens
+    screen.line(f"{total:,.0f} prompt tokens{whose}, answers of at most {_most(plan)} tokens")
+    if plan.costs_money:
+        screen.line(bill(plan))
+    if plan.endpoint and plan.endpoint.key and not plan.endpoint.is_local and spec.teacher.startswith("http://"):
+        screen.warn("the key travels unencrypted: the address begins with http://")
     if spec.requests_per_minute and plan.endpoint:
         minutes = plan.requests / spec.requests_per_minute
         screen.line(f"at least {minutes:,.1f} minutes at {spec.requests_per_minute:g} requests a minute")
+
+
+def bill(plan: Distillation) -> str:
+    """What the requests may cost, in words."""
+    price = plan.recipe.distill.price
+    if not price:
+        return "cost: unknown; distill.price: [prompt, answer] per million tokens would tell it"
+    low = plan.requests * plan.prompt_tokens * price[0] / 1e6
+    high = low + plan.requests * _most(plan) * price[1] / 1e6
+    return f"cost: {low:,.2f} for the prompts, at most {high:,.2f} with the answers, at the prices given"
+
+
+def _most(plan: Distillation) -> int:
+    return _questions(plan.asked)[0].max_new_tokens
 
 
 def _collected(plan: Distillation, screen: Screen) -> dict[str, Reply]:

@@ -8,6 +8,7 @@ answers that cost money outlive the run that used them.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -154,9 +155,12 @@ def _sampled(model: Model, questions: Sequence[Question], batch: int) -> list[tu
         # Which numbers are drawn depends on the first question of the chunk, so no two chunks draw the same.
         seed = int(some[0].id, 16) % 2**63
         how = Sampling(max_new_tokens=most, temperature=temperature, seed=seed, batch=batch)
-        for question, prompt, said in zip(some, prompts, sample(model, prompts, how), strict=True):
+        start = time.monotonic()
+        completions = sample(model, prompts, how)
+        seconds = (time.monotonic() - start) / len(some)
+        for question, prompt, said in zip(some, prompts, completions, strict=True):
             tokens = {"prompt_tokens": len(prompt), "completion_tokens": len(said.tokens)}
-            found.append((question, Reply(text=said.text, stop=said.stop, **tokens)))
+            found.append((question, Reply(text=said.text, stop=said.stop, seconds=seconds, **tokens)))
     return found
 
 
