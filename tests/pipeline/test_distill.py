@@ -235,6 +235,7 @@ def test_a_teacher_that_refuses_everything_stops_early(raw: Make, chat_server: A
         ({"distill.teacher": "http://127.0.0.1:1/"}, "does not end in /v1"),
         ({"distill.agreement": 2, "distill.temperature": 0}, "always agree"),
         ({"method": "dpo"}, "method dpo has no use"),
+        ({"task.metric": "completion_loss"}, "completion_loss cannot grade"),
         ({"data.test": 0}, "test rows"),
     ],
 )

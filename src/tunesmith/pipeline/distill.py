@@ -27,6 +27,7 @@ from ..data.render import as_dict
 from ..data.split import in_order, split
 from ..data.store import stored_rows
 from ..errors import DataError, RecipeError
+from ..evaluate.metrics import MODEL_METRICS
 from ..evaluate.systems import takes_system
 from ..folder import RunFolder, locked, write_jsonl
 from ..model.endpoint import Endpoint, Question, Reply, answer_all, check_url
@@ -133,6 +134,11 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("there is no teacher", where="distill.teacher", fix=fix)
     if recipe.method != "sft":
         raise RecipeError(f"the student imitates, so method {recipe.method} has no use", where="method", fix="Use sft.")
+    if recipe.task.metric in MODEL_METRICS:
+        fix = "Choose a metric of answers, such as normalised_match, rouge_l or file.py:function."
+        raise RecipeError(
+            f"a teacher gives answers, which {recipe.task.metric} cannot grade", where="task.metric", fix=fix
+        )
     if is_remote(recipe) and not spec.model:
         raise RecipeError("an endpoint serves models by name", where="distill.model", fix="Name the teacher's model.")
     if not prompted and not is_remote(recipe) and resolve(spec.teacher) == resolve(recipe.base):
