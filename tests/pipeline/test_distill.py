@@ -253,7 +253,7 @@ def test_a_teacher_that_is_the_student_without_a_prompt_is_refused(tiny_recipe: 
 
 def test_no_inputs_and_rows_that_ask_nothing_are_told(raw: Make, tmp_path: Path) -> None:
     (tmp_path / "none.jsonl").write_text("")
-    with pytest.raises(DataError, match="no rows"):
+    with pytest.raises(DataError, match="the file is empty"):
         plan_distillation(parse_recipe(raw({"data.train": str(tmp_path / "none.jsonl")})), QUIET)
     write_jsonl(tmp_path / "text.jsonl", [{"text": f"{n} {chr(97 + n % 26) * 9} alone"} for n in range(40)])
     with pytest.raises(DataError, match=r"text\.jsonl:\d+: the row is no input"):
