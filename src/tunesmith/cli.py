@@ -73,7 +73,7 @@ def distill(
     if world.leads and plan.requests and plan.costs_money and not yes:
         if not sys.stdin.isatty():
             what = f"{plan.requests:,} requests may cost money ({bill(plan)})"
-            raise RecipeError(what, where="distill", fix="If that is meant, add --yes.")
+            raise RecipeError(what, where="task.teacher", fix="If that is meant, add --yes.")
         typer.confirm(f"{bill(plan)}\nSend {plan.requests:,} requests?", abort=True, err=True)
     folder = distill_recipe(plan, world, screen)
     if world.leads:

@@ -49,8 +49,8 @@ def raw(tmp_path: Path, tiny_recipe: Make, chat_server: Any, inputs: Path) -> Ma
                 "out": str(tmp_path / "run"),
                 "data.train": str(inputs),
                 "train.max_steps": 2,
-                "distill.teacher": chat_server.url,
-                "distill.model": "big",
+                "task.teacher.by": chat_server.url,
+                "task.teacher.model": "big",
                 **(changes or {}),
             }
         )
@@ -63,7 +63,7 @@ def distilled(recipe: Recipe) -> RunFolder:
 
 
 def test_plain_inputs_become_a_student_judged_against_its_teacher(raw: Make, chat_server: Any, tmp_path: Path) -> None:
-    recipe = parse_recipe(raw({"distill.price": [1.0, 2.0]}))
+    recipe = parse_recipe(raw({"task.teacher.price": [1.0, 2.0]}))
     folder = distilled(recipe)
     found = read_json(folder.results)
     facts = found["distill"]
@@ -84,7 +84,9 @@ def test_plain_inputs_become_a_student_judged_against_its_teacher(raw: Make, cha
     assert chat_server.bodies[0]["messages"][0] == {"role": "system", "content": "Give the upper case."}
 
     assert distilled(recipe).results == folder.results  # finished: nothing is asked or trained again
-    retrained = parse_recipe(raw({"out": str(tmp_path / "run"), "train.max_steps": 2, "distill.price": [1.0, 2.0]}))
+    retrained = parse_recipe(
+        raw({"out": str(tmp_path / "run"), "train.max_steps": 2, "task.teacher.price": [1.0, 2.0]})
+    )
     assert plan_distillation(retrained, QUIET).requests == 0
     assert len(chat_server.asked) == asked
 
@@ -107,7 +109,7 @@ def test_references_judge_where_there_are_some(raw: Make, chat_server: Any, tiny
 def test_a_model_here_can_teach_with_a_long_prompt(tiny_recipe: Make, inputs: Path, tmp_path: Path) -> None:
     raw = tiny_recipe({"out": str(tmp_path / "run"), "data.train": str(inputs), "train.max_steps": 2})
     write_jsonl(tmp_path / "shots.jsonl", [{"prompt": "Upper case of: cab", "completion": "CAB"}] * 3)
-    raw["distill"] = {"teacher": raw["base"], "shots": str(tmp_path / "shots.jsonl"), "agreement": 1}
+    raw["task"]["teacher"] = {"by": raw["base"], "shots": str(tmp_path / "shots.jsonl"), "agreement": 1}
     plan = plan_distillation(parse_recipe(raw), QUIET)
     assert not plan.costs_money
     ask = [question for part in plan.asked.values() for _, questions in part for question in questions]
@@ -146,7 +148,7 @@ def test_an_answer_is_left_out_for_a_reason(
 
 
 def test_numbers_agree_as_numbers_and_references_can_be_left_alone(tiny_recipe: Make, tiny_model: Any) -> None:
-    raw = tiny_recipe({"task.metric": "numeric_match", "distill.check_references": False})
+    raw = tiny_recipe({"task.metric": "numeric_match", "task.teacher.check_references": False})
     checks = checks_of(parse_recipe(raw), Path())
     same, other = [Reply(text="so 4"), Reply(text="It is 4.0")], [Reply(text="so 4"), Reply(text="none")]
     assert why_not(row(completion="5"), same, checks, tiny_model.vocabulary) == ("", "")
@@ -154,7 +156,7 @@ def test_numbers_agree_as_numbers_and_references_can_be_left_alone(tiny_recipe: 
 
 
 def test_samples_that_must_agree_are_drawn_warm_and_told_apart(raw: Make, chat_server: Any) -> None:
-    plan = plan_distillation(parse_recipe(raw({"distill.agreement": 3})), QUIET)
+    plan = plan_distillation(parse_recipe(raw({"task.teacher.agreement": 3})), QUIET)
     trained = [question for part in ("train", "valid") for _, three in plan.asked[part] for question in three]
     tested = [question for _, one in plan.asked["test"] for question in one]
     assert {question.temperature for question in trained} == {0.7}
@@ -186,7 +188,7 @@ def test_a_torn_line_is_asked_again_and_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_collection_goes_on_and_asks_nothing_twice(raw: Make, chat_server: Any, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(raw({"distill.parallel": 2})))
+    recipe.write_text(yaml.safe_dump(raw({"task.teacher.parallel": 2})))
     store = tmp_path / "run-teacher" / "answers.jsonl"
     command = [sys.executable, "-m", "tunesmith.cli", "distill", str(recipe)]
     env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OPENAI_API_KEY": KEY}
@@ -230,10 +232,10 @@ def test_a_teacher_that_refuses_everything_stops_early(raw: Make, chat_server: A
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"distill.teacher": ""}, "there is no teacher"),
-        ({"distill.model": ""}, "serves models by name"),
-        ({"distill.teacher": "http://127.0.0.1:1/"}, "does not end in /v1"),
-        ({"distill.agreement": 2, "distill.temperature": 0}, "always agree"),
+        ({"task.teacher.by": ""}, "there is no teacher"),
+        ({"task.teacher.model": ""}, "serves models by name"),
+        ({"task.teacher.by": "http://127.0.0.1:1/"}, "does not end in /v1"),
+        ({"task.teacher.agreement": 2, "task.teacher.temperature": 0}, "always agree"),
         ({"method": "dpo"}, "method dpo has no use"),
         ({"task.metric": "completion_loss"}, "completion_loss cannot grade"),
         ({"data.test": 0}, "test rows"),
@@ -246,7 +248,7 @@ def test_a_recipe_that_cannot_be_distilled_is_told(raw: Make, changes: dict[str,
 
 def test_a_teacher_that_is_the_student_without_a_prompt_is_refused(tiny_recipe: Make) -> None:
     raw = tiny_recipe({"task.instructions": ""})
-    raw["distill"] = {"teacher": raw["base"]}
+    raw["task"]["teacher"] = raw["base"]
     with pytest.raises(RecipeError, match="the student without a prompt"):
         plan_distillation(parse_recipe(raw), QUIET)
 
@@ -287,7 +289,7 @@ def test_money_is_not_spent_without_a_yes(
     raw: Make, chat_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(raw({"distill.price": [0.15, 0.6], "distill.requests_per_minute": 500})))
+    recipe.write_text(yaml.safe_dump(raw({"task.teacher.price": [0.15, 0.6], "task.teacher.requests_per_minute": 500})))
     monkeypatch.setattr(sys, "argv", ["tunesmith", "distill", str(recipe)])
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     with pytest.raises(SystemExit) as ended:

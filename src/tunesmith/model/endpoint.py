@@ -110,11 +110,11 @@ def check_url(url: str) -> None:
     """Raises RecipeError for an address that is none, or that holds a secret."""
     parts = urlsplit(url)
     if parts.username or parts.password or parts.query:
-        fix = "Give the plain address, and the key in the environment variable that distill.key_env names."
-        raise RecipeError("the address holds a name, a password or a query", where="distill.teacher", fix=fix)
+        fix = "Give the plain address, and the key in the environment variable that task.teacher.key_env names."
+        raise RecipeError("the address holds a name, a password or a query", where="task.teacher.by", fix=fix)
     if not parts.hostname or not parts.path.rstrip("/").endswith("/v1"):
         fix = "Give the part before /chat/completions, such as http://127.0.0.1:8000/v1."
-        raise RecipeError(f"{url} does not end in /v1", where="distill.teacher", fix=fix)
+        raise RecipeError(f"{url} does not end in /v1", where="task.teacher.by", fix=fix)
 
 
 def answer_all(endpoint: Endpoint, questions: Sequence[Question], keep: Callable[[Question, Reply], None]) -> None:
@@ -172,7 +172,7 @@ def _until_answered(client: httpx2.Client, endpoint: Endpoint, question: Questio
                 pace.hold(wait)
             elif attempt + 1 < endpoint.tries:
                 pace.stop.wait(wait)
-    fix = "Answers so far are kept: run the same command to go on, or lower distill.requests_per_minute."
+    fix = "Answers so far are kept: run the same command to go on, or lower task.teacher.requests_per_minute."
     raise ModelError(f"the teacher does not answer ({reason})", where=endpoint.url, fix=fix)
 
 
@@ -227,11 +227,11 @@ def _no_reply(response: httpx2.Response, content: bytes, endpoint: Endpoint) -> 
         return Reply(text="", refusal=told)
     if status in (401, 403):
         what = "does not accept the key" if endpoint.key else "wants a key"
-        fix = f"Set the environment variable {endpoint.key_name} (distill.key_env names it) to a valid key."
+        fix = f"Set the environment variable {endpoint.key_name} (task.teacher.key_env names it) to a valid key."
         raise ModelError(f"the teacher {what} ({status})", where=endpoint.url, fix=fix)
     if status in _PASSING and code != "insufficient_quota":
         raise _Later(told, _retry_after(response.headers.get("retry-after", "")), everyone=status in (429, 503))
-    fix = "Check distill.teacher, distill.model and the account; answers so far are kept."
+    fix = "Check task.teacher.by, task.teacher.model and the account; answers so far are kept."
     raise ModelError(f"the teacher does not answer ({told})", where=endpoint.url, fix=fix)
 
 

@@ -86,9 +86,9 @@ def plan_distillation(recipe: Recipe, screen: Screen, root: Path = Path()) -> Di
     vocabulary = load_vocabulary(recipe.base)
     screen.stage("Inputs", recipe.data.train)
     rows, ledger = _inputs(recipe)
-    teacher_reads_system = endpoint is not None or takes_system(load_vocabulary(recipe.distill.teacher).tokenizer)
+    teacher_reads_system = endpoint is not None or takes_system(load_vocabulary(recipe.task.teacher.by).tokenizer)
     prompting = prompting_of(recipe, root, teacher_reads_system)
-    samples = {"train": recipe.distill.agreement, "valid": recipe.distill.agreement, "test": 1}
+    samples = {"train": recipe.task.teacher.agreement, "valid": recipe.task.teacher.agreement, "test": 1}
     asked = {
         name: list(zip(part, questions_for(recipe, prompting, part, samples[name]), strict=True))
         for name, part in rows.items()
@@ -106,7 +106,7 @@ def plan_distillation(recipe: Recipe, screen: Screen, root: Path = Path()) -> Di
         vocabulary=vocabulary,
         requests=len(unanswered(questions, read_answers(folder / "answers.jsonl"))),
         prompt_tokens=float(np.mean([count_prompt(question.messages, vocabulary) for question in some])),
-        costs_money=recipe.distill.price is not None or (endpoint is not None and not endpoint.is_local),
+        costs_money=recipe.task.teacher.price is not None or (endpoint is not None and not endpoint.is_local),
     )
     _show(plan, screen)
     return plan
@@ -128,10 +128,10 @@ def distill(plan: Distillation, world: World, screen: Screen) -> RunFolder:
 
 def _check(recipe: Recipe) -> None:
     """Raises RecipeError for a recipe that names no teacher, or nothing to distil."""
-    spec, prompted = recipe.distill, bool(recipe.task.instructions or recipe.distill.shots)
-    if not spec.teacher:
+    spec, prompted = recipe.task.teacher, bool(recipe.task.instructions or recipe.task.teacher.shots)
+    if not spec.by:
         fix = "Name a base, a finished run, or an OpenAI-compatible URL that ends in /v1."
-        raise RecipeError("there is no teacher", where="distill.teacher", fix=fix)
+        raise RecipeError("there is no teacher", where="task.teacher.by", fix=fix)
     if recipe.method != "sft":
         raise RecipeError(f"the student imitates, so method {recipe.method} has no use", where="method", fix="Use sft.")
     if recipe.task.metric in MODEL_METRICS:
@@ -140,27 +140,29 @@ def _check(recipe: Recipe) -> None:
             f"a teacher gives answers, which {recipe.task.metric} cannot grade", where="task.metric", fix=fix
         )
     if is_remote(recipe) and not spec.model:
-        raise RecipeError("an endpoint serves models by name", where="distill.model", fix="Name the teacher's model.")
-    if not prompted and not is_remote(recipe) and resolve(spec.teacher) == resolve(recipe.base):
-        fix = "Give the prompt that works in task.instructions, or examples in distill.shots, or another teacher."
         raise RecipeError(
-            "the teacher is the student without a prompt, so nothing can be learnt", where="distill", fix=fix
+            "an endpoint serves models by name", where="task.teacher.model", fix="Name the teacher's model."
+        )
+    if not prompted and not is_remote(recipe) and resolve(spec.by) == resolve(recipe.base):
+        fix = "Give the prompt that works in task.instructions, or examples in task.teacher.shots, or another teacher."
+        raise RecipeError(
+            "the teacher is the student without a prompt, so nothing can be learnt", where="task.teacher", fix=fix
         )
     if spec.agreement > 1 and spec.temperature == 0:
-        fix = "Leave distill.temperature out, or raise it."
-        raise RecipeError("answers drawn at temperature 0 always agree", where="distill.agreement", fix=fix)
+        fix = "Leave task.teacher.temperature out, or raise it."
+        raise RecipeError("answers drawn at temperature 0 always agree", where="task.teacher.agreement", fix=fix)
     needs_held_out(recipe)
 
 
 def _endpoint(recipe: Recipe) -> Endpoint:
-    spec = recipe.distill
-    check_url(spec.teacher)
+    spec = recipe.task.teacher
+    check_url(spec.by)
     key = os.environ.get(spec.key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
         fix = f"Set {spec.key_env} again; a key has letters, digits and signs only."
-        raise RecipeError("the key holds characters that no header can carry", where="distill.key_env", fix=fix)
+        raise RecipeError("the key holds characters that no header can carry", where="task.teacher.key_env", fix=fix)
     return Endpoint(
-        url=spec.teacher,
+        url=spec.by,
         model=spec.model,
         key=key,
         key_name=spec.key_env,
@@ -208,10 +210,10 @@ def _questions(asked: Mapping[str, Asked]) -> list[Question]:
 
 def _show(plan: Distillation, screen: Screen) -> None:
     """What will be asked, how long that takes at the rate limit, and what it may cost."""
-    spec, sizes = plan.recipe.distill, {name: len(part) for name, part in plan.asked.items()}
+    spec, sizes = plan.recipe.task.teacher, {name: len(part) for name, part in plan.asked.items()}
     screen.line(", ".join(f"{count:,} {name}" for name, count in sizes.items()) + " inputs")
-    at = f" at {spec.teacher}" if plan.endpoint else " on this machine"
-    screen.stage("Teacher", f"{spec.model or spec.teacher}{at}")
+    at = f" at {spec.by}" if plan.endpoint else " on this machine"
+    screen.stage("Teacher", f"{spec.model or spec.by}{at}")
     stored = len({question.id for question in _questions(plan.asked)}) - plan.requests
     kept = f"; {stored:,} answers are here already" if stored else ""
     screen.line(f"{plan.requests:,} requests of about {plan.prompt_tokens:,.0f} prompt tokens{kept}")
@@ -220,7 +222,7 @@ def _show(plan: Distillation, screen: Screen) -> None:
     screen.line(f"{total:,.0f} prompt tokens{whose}, answers of at most {_most(plan)} tokens")
     if plan.costs_money:
         screen.line(bill(plan))
-    if plan.endpoint and plan.endpoint.key and not plan.endpoint.is_local and spec.teacher.startswith("http://"):
+    if plan.endpoint and plan.endpoint.key and not plan.endpoint.is_local and spec.by.startswith("http://"):
         screen.warn("the key travels unencrypted: the address begins with http://")
     if spec.requests_per_minute and plan.endpoint:
         minutes = plan.requests / spec.requests_per_minute
@@ -229,9 +231,9 @@ def _show(plan: Distillation, screen: Screen) -> None:
 
 def bill(plan: Distillation) -> str:
     """What the requests may cost, in words."""
-    price = plan.recipe.distill.price
+    price = plan.recipe.task.teacher.price
     if not price:
-        return "cost: unknown; distill.price: [prompt, answer] per million tokens would tell it"
+        return "cost: unknown; task.teacher.price: [prompt, answer] per million tokens would tell it"
     low = plan.requests * plan.prompt_tokens * price[0] / 1e6
     high = low + plan.requests * _most(plan) * price[1] / 1e6
     return f"cost: {low:,.2f} for the prompts, at most {high:,.2f} with the answers, at the prices given"
@@ -243,10 +245,10 @@ def _most(plan: Distillation) -> int:
 
 def _collected(plan: Distillation, screen: Screen) -> dict[str, Reply]:
     """Every reply, from the folder or asked now."""
-    spec, path = plan.recipe.distill, plan.folder / "answers.jsonl"
+    spec, path = plan.recipe.task.teacher, plan.folder / "answers.jsonl"
 
     def here(questions: Sequence[Question], keep: Any) -> None:
-        ask_model(load(spec.teacher, World()), questions, keep, plan.recipe.evaluate.batch)
+        ask_model(load(spec.by, World()), questions, keep, plan.recipe.evaluate.batch)
 
     ask = partial(answer_all, plan.endpoint) if plan.endpoint else here
     try:
@@ -273,7 +275,7 @@ def _write(plan: Distillation, replies: Mapping[str, Reply], screen: Screen) -> 
         if not lines:
             told = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
             fix = f"Look at the answers in {plan.folder / 'answers.jsonl'} and mend the prompt or the checks."
-            raise DataError(f"no answer for {name} may be imitated: {told}", where="distill", fix=fix)
+            raise DataError(f"no answer for {name} may be imitated: {told}", where="task.teacher", fix=fix)
         write_jsonl(plan.folder / f"{name}.jsonl", lines)
     write_jsonl(plan.folder / "ledger.jsonl", ledger)
     inputs = sum(len(part) for part in plan.asked.values())
@@ -281,10 +283,10 @@ def _write(plan: Distillation, replies: Mapping[str, Reply], screen: Screen) -> 
     screen.line(
         f"{inputs - sum(dropped.values()):,} of {inputs:,} answers kept" + (f"; left out: {told}" if told else "")
     )
-    spec = plan.recipe.distill
+    spec = plan.recipe.task.teacher
     known = any(row.completion for row, _ in plan.asked["test"])
     return {
-        "teacher": spec.teacher,
+        "teacher": spec.by,
         "model": spec.model,
         "inputs": inputs,
         "answers": len(used),

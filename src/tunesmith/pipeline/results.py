@@ -49,7 +49,7 @@ def conclude(recipe: Recipe, found: Findings) -> dict[str, Any]:
     same = None
     if "distill" in found.facts:
         pair = (found.measurements[found.subject], found.measurements[found.best_prompted])
-        same = equivalence(*pair, metric, recipe.distill.margin, level, seed)
+        same = equivalence(*pair, metric, recipe.evaluate.margin, level, seed)
         verdict = decide_equivalence(same, harm, limit)
     else:
         tuned, prompted = own[found.subject], own[found.best_prompted]

@@ -86,9 +86,9 @@ def run(
     what collecting a teacher's answers took. Raises TunesmithError.
     """
     world, screen = world or World(), screen or Screen(quiet=True)
-    if recipe.distill.teacher and taught is None:
-        fix = "Use `tunesmith distill`, or leave `distill` out."
-        raise RecipeError("the recipe has a teacher, whose answers come first", where="distill.teacher", fix=fix)
+    if recipe.task.teacher.by and taught is None:
+        fix = "Use `tunesmith distill`, or leave `task.teacher` out."
+        raise RecipeError("the recipe has a teacher, whose answers come first", where="task.teacher", fix=fix)
     started = time.monotonic()
     folder = RunFolder(path=Path(recipe.out or "runs/run"))
     if finished(folder, recipe, world):

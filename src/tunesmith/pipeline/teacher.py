@@ -52,14 +52,14 @@ class Checks:
 
 def is_remote(recipe: Recipe) -> bool:
     """Whether the teacher is an address."""
-    return "://" in recipe.distill.teacher
+    return "://" in recipe.task.teacher.by
 
 
 def prompting_of(recipe: Recipe, root: Path, system: bool) -> Prompting:
-    """The teacher's long prompt: task.instructions and the examples of distill.shots. Raises RecipeError, DataError."""
+    """The teacher's long prompt: task.instructions, and shots as earlier turns. Raises RecipeError, DataError."""
     shots: tuple[Conversation, ...] = ()
-    if recipe.distill.shots:
-        source = str(root / recipe.distill.shots)
+    if recipe.task.teacher.shots:
+        source = str(root / recipe.task.teacher.shots)
         shots = tuple(conversations(list(read(source, DataSpec(train=source)))))
     instructions = recipe.task.instructions
     return Prompting(name="teacher", instructions=instructions, placement="system" if system else "user", shots=shots)
@@ -69,11 +69,11 @@ def questions_for(
     recipe: Recipe, prompting: Prompting, rows: Sequence[Conversation], samples: int
 ) -> list[list[Question]]:
     """What to ask about each row: `samples` questions each, all alike but for their seed."""
-    spec = recipe.distill
+    spec = recipe.task.teacher
     default = AGREEING_TEMPERATURE if samples > 1 else 0.0
     temperature = default if spec.temperature is None else spec.temperature
     most = recipe.task.max_new_tokens or MOST_ANSWER_TOKENS
-    who = [spec.teacher, spec.model, _version(spec.teacher)]
+    who = [spec.by, spec.model, _version(spec.by)]
     asked = []
     for item in items(rows):
         messages = prompting.messages(item)
@@ -123,8 +123,8 @@ def collect(
             nonlocal answered, done
             answered, done = answered + (not reply.refusal), done + 1
             if done >= TELLING_REFUSALS and not answered:
-                fix = "Check distill.model, distill.temperature and task.max_new_tokens against what the teacher takes."
-                raise ModelError(f"the teacher refuses everything ({reply.refusal})", where="distill.teacher", fix=fix)
+                fix = "Check model and temperature of task.teacher, and task.max_new_tokens, against what it takes."
+                raise ModelError(f"the teacher refuses everything ({reply.refusal})", where="task.teacher", fix=fix)
             append_jsonl(path, {"id": question.id, **asdict(reply)})
             _flush(path)
             known[question.id] = reply
@@ -151,7 +151,7 @@ def _sampled(model: Model, questions: Sequence[Question], batch: int) -> list[tu
         longest = max(len(prompt) for prompt in prompts) + most
         if longest > model.vocabulary.context_tokens:
             what = f"prompt and answer take {longest} tokens, the context holds {model.vocabulary.context_tokens}"
-            raise RecipeError(what, where="distill.teacher", fix="Shorten the prompt, or lower task.max_new_tokens.")
+            raise RecipeError(what, where="task.teacher.by", fix="Shorten the prompt, or lower task.max_new_tokens.")
         # Which numbers are drawn depends on the first question of the chunk, so no two chunks draw the same.
         seed = int(some[0].id, 16) % 2**63
         how = Sampling(max_new_tokens=most, temperature=temperature, seed=seed, batch=batch)
@@ -198,7 +198,7 @@ def checks_of(recipe: Recipe, root: Path) -> Checks:
     by_words: Grade = lambda asked, texts: [  # noqa: E731
         normalised_match(text, item.reference) for item, text in zip(asked, texts, strict=True)
     ]
-    judges = recipe.distill.check_references and is_binary(metric) and metric not in MODEL_METRICS
+    judges = recipe.task.teacher.check_references and is_binary(metric) and metric not in MODEL_METRICS
     return Checks(agree=grade if metric in _AGREE_BY else by_words, right=grade if judges else None, metric=metric)
 
 
