@@ -154,6 +154,7 @@ def answer_all(endpoint: Endpoint, questions: Sequence[Question], keep: Callable
 
 def _until_answered(client: httpx2.Client, endpoint: Endpoint, question: Question, pace: _Pace) -> Reply | None:
     """The reply, after as many tries as it takes; None where everything stops before it is there."""
+    reason = "not asked"
     for attempt in range(endpoint.tries):
         pace.turn()
         if pace.stop.is_set():
@@ -210,13 +211,14 @@ def _reply(content: bytes, seconds: float) -> Reply:
         choice = body["choices"][0]
         message, why = choice["message"], choice.get("finish_reason")
         text, usage = message.get("content"), body.get("usage") or {}
-        tokens = {name: int(usage[name]) for name in ("prompt_tokens", "completion_tokens") if name in usage}
+        read, written = (int(usage[key]) if key in usage else None for key in ("prompt_tokens", "completion_tokens"))
         if why == "content_filter" or message.get("refusal") or not isinstance(text, str):
             refusal = str(message.get("refusal") or why or "no text")[:200]
-            return Reply(text="", refusal=refusal, seconds=seconds, **tokens)
+            return Reply(text="", refusal=refusal, prompt_tokens=read, completion_tokens=written, seconds=seconds)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise _Later("a body that is no chat completion") from None
-    return Reply(text=text, stop="length" if why == "length" else "end_of_turn", seconds=seconds, **tokens)
+    stop: Stop = "length" if why == "length" else "end_of_turn"
+    return Reply(text=text, stop=stop, prompt_tokens=read, completion_tokens=written, seconds=seconds)
 
 
 def _no_reply(response: httpx2.Response, content: bytes, endpoint: Endpoint) -> Reply:

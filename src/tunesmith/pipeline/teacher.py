@@ -159,8 +159,14 @@ def _sampled(model: Model, questions: Sequence[Question], batch: int) -> list[tu
         completions = sample(model, prompts, how)
         seconds = (time.monotonic() - start) / len(some)
         for question, prompt, said in zip(some, prompts, completions, strict=True):
-            tokens = {"prompt_tokens": len(prompt), "completion_tokens": len(said.tokens)}
-            found.append((question, Reply(text=said.text, stop=said.stop, seconds=seconds, **tokens)))
+            reply = Reply(
+                text=said.text,
+                stop=said.stop,
+                prompt_tokens=len(prompt),
+                completion_tokens=len(said.tokens),
+                seconds=seconds,
+            )
+            found.append((question, reply))
     return found
 
 
