@@ -9,9 +9,11 @@ import json
 import os
 import random
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,6 +178,92 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Callable
     recipe.write_text(yaml.safe_dump(tiny_recipe(changes)))
     run(load_recipe(recipe))
     return recipe
+
+
+class ChatServer:
+    """An OpenAI-compatible endpoint on a free port: answers with `say`, after the faults that it was given.
+
+    A fault is the status and headers of one answer, or what goes wrong with it: `disconnect`, `garbage`, `silence`,
+    `drip`. `asked` holds the last message of every request, `bodies` and `keys` what else came with it.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.faults: list[str | tuple[int, dict[str, str], object]] = []
+        self.say: Callable[[str], str] = lambda question: question.rpartition(": ")[2].upper()
+        self.finish = "stop"
+        self.before: Callable[[str], None] = lambda question: None
+        self.closing, self._lock = threading.Event(), threading.Lock()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        chat = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+            def do_POST(self) -> None:
+                with suppress(ConnectionError):
+                    chat._answer(self)
+
+        return Handler
+
+    def _answer(self, request: BaseHTTPRequestHandler) -> None:
+        body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+        question = body["messages"][-1]["content"]
+        with self._lock:
+            self.asked.append(question)
+            self.bodies.append(body)
+            self.keys.append(request.headers["Authorization"])
+            fault = self.faults.pop(0) if self.faults else None
+        self.before(question)
+        usage = {"prompt_tokens": 50, "completion_tokens": 3}
+        choice = {"message": {"role": "assistant", "content": self.say(question)}, "finish_reason": self.finish}
+        match fault:
+            case (status, headers, content):
+                self._send(request, int(status), dict(headers), content)
+            case "disconnect":
+                request.close_connection = True
+            case "garbage":
+                self._send(request, 200, {}, ["no", "completion"])
+            case "silence":
+                self.closing.wait()
+            case "drip":
+                request.send_response(200)
+                request.send_header("Content-Length", "1000000")
+                request.end_headers()
+                while not self.closing.wait(0.01):
+                    request.wfile.write(b" ")
+            case _:
+                self._send(request, 200, {}, {"choices": [choice], "usage": usage})
+
+    def _send(self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], content: object) -> None:
+        data = json.dumps(content).encode()
+        request.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(data)
+
+
+@pytest.fixture
+def chat_server() -> Iterator[ChatServer]:
+    """A real server in a thread, for one test."""
+    chat = ChatServer()
+    thread = threading.Thread(target=chat.server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield chat
+    chat.closing.set()
+    chat.server.shutdown()
+    chat.server.server_close()
+    thread.join()
 
 
 @pytest.fixture

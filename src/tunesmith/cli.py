@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from . import __version__
-from .errors import TunesmithError
+from .errors import RecipeError, TunesmithError
 from .recipe import Recipe, known_keys, load_recipe
 from .screen import Screen
 
@@ -43,6 +43,39 @@ def run(
     world = world_from_env()
     screen = Screen(quiet=quiet or json_ or not world.leads)
     folder = run_recipe(load_recipe(recipe, tuple(set_ or ())), world, screen=screen, root=recipe.parent)
+    if world.leads:
+        if json_:
+            print(folder.results.read_text(encoding="utf-8"), end="")
+        elif not quiet:
+            print_report(folder.path, Console())
+
+
+@app.command()
+def distill(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Ask a teacher that may cost money without asking you.")
+    ] = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a student to do without a long prompt: collect a teacher's answers, tune, and compare the two."""
+    from .pipeline.distill import bill, plan_distillation
+    from .pipeline.distill import distill as distill_recipe
+    from .report.page import print_report
+    from .world import world_from_env
+
+    world = world_from_env()
+    screen = Screen(quiet=quiet or json_ or not world.leads)
+    plan = plan_distillation(load_recipe(recipe, tuple(set_ or ())), screen, recipe.parent)
+    if world.leads and plan.requests and plan.costs_money and not yes:
+        if not sys.stdin.isatty():
+            what = f"{plan.requests:,} requests may cost money ({bill(plan)})"
+            raise RecipeError(what, where="task.teacher", fix="If that is meant, add --yes.")
+        typer.confirm(f"{bill(plan)}\nSend {plan.requests:,} requests?", abort=True, err=True)
+    folder = distill_recipe(plan, world, screen)
     if world.leads:
         if json_:
             print(folder.results.read_text(encoding="utf-8"), end="")

@@ -20,6 +20,7 @@ Layout = Literal["auto", "prompt_completion", "messages", "instruction", "text",
 Method = Literal["sft", "reward", "dpo", "ppo", "grpo"]
 Update = Literal["lora", "full"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Price = Annotated[float, Field(ge=0.0)]
 
 
 class Spec(BaseModel):
@@ -52,6 +53,25 @@ class DataSpec(Spec):
     seed: int = Field(default=0, description="changes which rows fall into which split")
 
 
+class TeacherSpec(Spec):
+    """Who answers the inputs of `tunesmith distill` (docs/distill.md); a single name is short for `by`."""
+
+    by: str = Field(default="", description="a base or finished run, or an OpenAI-compatible URL ending in /v1")
+    model: str = Field(default="", description="the teacher's name at that URL")
+    shots: str | None = Field(default=None, description="a file of examples for the teacher to see, beside the recipe")
+    agreement: int = Field(default=1, ge=1, le=32, description="answers drawn per input, kept where all agree")
+    temperature: float | None = Field(
+        default=None, ge=0, description="of the teacher's answers; 0, or 0.7 where several must agree"
+    )
+    check_references: bool = Field(
+        default=True, description="drop training answers that task.metric finds wrong, where the row has a reference"
+    )
+    key_env: str = Field(default="OPENAI_API_KEY", description="the environment variable that holds the key")
+    requests_per_minute: float | None = Field(default=None, gt=0, description="no more requests than this")
+    parallel: int = Field(default=4, ge=1, le=256, description="requests under way at once")
+    price: tuple[Price, Price] | None = Field(default=None, description="of a million tokens: prompt, answer")
+
+
 class TaskSpec(Spec):
     """What is asked of the model and how an answer is graded."""
 
@@ -70,6 +90,12 @@ class TaskSpec(Spec):
     max_new_tokens: int | None = Field(
         default=None, gt=0, description="longest answer in tokens; from the data unless given"
     )
+    teacher: TeacherSpec = TeacherSpec()
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _named_or_spelled_out(cls, value: Any) -> Any:
+        return {"by": value} if isinstance(value, str) else value
 
 
 class TrainSpec(Spec):
@@ -158,6 +184,11 @@ class EvaluateSpec(Spec):
     )
     forgetting_limit: float = Field(
         default=0.2, gt=0, description="largest acceptable rise of general loss, nats per token"
+    )
+    margin: float = Field(
+        default=0.05,
+        gt=0,
+        description="how much less than its teacher's a student's score may be and still count as equal",
     )
 
 

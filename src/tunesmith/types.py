@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 Role = Literal["system", "user", "assistant", "tool"]
 Action = Literal["dropped", "cut", "flagged"]
 Decision = Literal["ship", "do not ship", "not shown"]
+Sameness = Literal["equivalent", "at least as good", "worse", "not shown"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +149,18 @@ class Contrast:
     metric: str
     difference: Estimate
     p_value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Equivalence:
+    """Whether a does as well as b: the interval of `a - b` (level 1 - 2 alpha) against a margin stated beforehand."""
+
+    a: str
+    b: str
+    metric: str
+    margin: float
+    difference: Estimate
+    finding: Sameness
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -273,3 +273,35 @@ def test_headlines_speak_of_the_arm_that_validation_chose(
     record.results["subject"] = "full"
     assert record.subject == "full"
     assert "Tuning with full fine-tuning lifts" in text_of(render_page(record))
+
+
+def test_a_student_is_told_beside_its_teacher(make_run: Callable[..., Path], tmp_path: Path, text_of: Callable) -> None:
+    folder = make_run(tmp_path / "student", updates=("lora",))
+    found = json.loads((folder / "results.json").read_text())
+    found["arms"]["teacher"] = found["arms"].pop("few_shot")
+    found["best_prompted"], found["subject"] = "teacher", "lora"
+    found["savings"]["prompted"] = "teacher"
+    difference = {"value": 0.004, "low": -0.021, "high": 0.029, "n": 200, "level": 0.9}
+    found["distill"] = {
+        "teacher": "https://api.example/v1",
+        "model": "big",
+        "inputs": 1200,
+        "answers": 1300,
+        "dropped": {"answers disagree": 31},
+        "judged_by": "references",
+        "spent": {"prompt_tokens": 70_000, "completion_tokens": 9_000, "cost": 1.25},
+        "equivalence": {"margin": 0.05, "difference": difference, "finding": "equivalent"},
+    }
+    (folder / "results.json").write_text(json.dumps(found))
+    words = text_of(render_page(read_record(folder)))
+    assert "LoRA without the prompt is equivalent to the teacher, with 86% fewer prompt tokens" in words
+    assert "+0.4 points, 90% interval −2.1 to +2.9, margin ±5.0 points" in words
+    assert "student − teacher: equivalent" in words
+    assert "big at https://api.example/v1" in words
+    assert "left out: answers disagree 31" in words
+    assert "cost at the prices given 1.25" in words
+
+
+def test_a_run_without_a_teacher_says_nothing_of_one(page: str) -> None:
+    assert "collecting answers" not in page
+    assert "student −" not in page

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from scipy import optimize, stats
 
 from ..errors import DataError
-from ..types import Contrast, Decision, Estimate, Measurement, Verdict
+from ..types import Contrast, Decision, Equivalence, Estimate, Measurement, Sameness, Verdict
 from .metrics import higher_is_better, is_binary
 
 RESAMPLES = 10_000
@@ -93,6 +93,28 @@ def contrast(a: Measurement, b: Measurement, metric: str, level: float = 0.95, s
     return Contrast(a=a.arm, b=b.arm, metric=metric, difference=interval, p_value=p_value)
 
 
+def equivalence(
+    a: Measurement, b: Measurement, metric: str, margin: float, level: float = 0.95, seed: int = 0
+) -> Equivalence:
+    """Whether a is as good as b, by two one-sided tests of size alpha = 1 - level each.
+
+    Both reject where the interval of level 1 - 2 alpha lies within the margin (Schuirmann 1987, Journal of
+    Pharmacokinetics and Biopharmaceutics 15:657-680), and then the chance of a false `equivalent` is at most alpha.
+    The interval is `contrast`'s; Tango 1998 made his for this test. Only the lower test rejects: a is at least as good
+    (within the margin). The whole interval beyond the margin: worse. Raises DataError as `contrast` does.
+    """
+    difference = contrast(a, b, metric, 2 * level - 1, seed).difference
+    sign = 1 if higher_is_better(metric) else -1
+    low, high = sorted((sign * difference.low, sign * difference.high))
+    finding: Sameness = "not shown"
+    if difference.n >= FEWEST_ROWS:
+        if low > -margin:
+            finding = "equivalent" if high < margin else "at least as good"
+        elif high < -margin:
+            finding = "worse"
+    return Equivalence(a=a.arm, b=b.arm, metric=metric, margin=margin, difference=difference, finding=finding)
+
+
 def mcnemar(only_a: int, only_b: int) -> float:
     """Exact two-sided p-value: of the items on which the arms differ, each side wins with chance 1/2 (McNemar 1947)."""
     differing = only_a + only_b
@@ -160,6 +182,30 @@ def decide(
     harm, harm_reason = judge_forgetting(forgetting, forgetting_limit)
     decision: Decision = "do not ship" if harm else gain
     return Verdict(decision=decision, reasons=(_compare(contrast, tuned, prompted), *gain_reasons, harm_reason))
+
+
+def decide_equivalence(found: Equivalence, forgetting: Estimate | None, forgetting_limit: float) -> Verdict:
+    """Decide on a student that is to do without its teacher's prompt; forgetting counts as in `decide`.
+
+    ship: equivalent or at least as good. do not ship: worse, or too much forgotten. not shown: anything else.
+    """
+    harm, harm_reason = judge_forgetting(forgetting, forgetting_limit)
+    fine = found.finding in ("equivalent", "at least as good")
+    decision: Decision = "do not ship" if harm or found.finding == "worse" else "ship" if fine else "not shown"
+    scale, spec, unit = (100.0, "+.1f", " points") if is_binary(found.metric) else (1.0, "+.4g", "")
+    difference, margin = found.difference, _amount(found.margin, found.metric)
+    told = {
+        "equivalent": f"it lies within {margin} on either side, so {found.a} is equivalent to {found.b}",
+        "at least as good": f"it lies above the margin of {margin} less, so {found.a} is at least as good as {found.b}",
+        "worse": f"it lies beyond the margin of {margin}, so {found.a} is worse than {found.b}",
+        "not shown": f"it is not within the margin of {margin}, so equality is not shown; more test rows narrow it",
+    }[found.finding]
+    seen = (
+        f"{found.a} minus {found.b}, {found.metric} on {_rows(difference.n)}: {scale * difference.value:{spec}}{unit}"
+    )
+    few = f"{_rows(difference.n)} cannot carry a verdict: it takes at least {FEWEST_ROWS}."
+    told = f"{_interval(difference, spec, scale)}; {told}." if difference.n >= FEWEST_ROWS else few
+    return Verdict(decision=decision, reasons=(f"{seen}, {told}", harm_reason))
 
 
 def _z(level: float) -> float:

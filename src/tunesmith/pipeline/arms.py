@@ -6,7 +6,7 @@ An arm whose answers are in the run folder is not asked again, so a killed run g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from ..recipe import Recipe
 from ..screen import Screen
 from ..types import Conversation, Grade, Item, Measurement
 from .prepare import Prepared
+
+TEACHER = "teacher"  # the arm, and the column of test rows that holds its answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,22 @@ def ask(
             return measure(model, prompting, items, dict(asking.grades), asking.how, arm=arm, progress=tick)
 
     return _once(arm, items, folder, fresh)
+
+
+def grade_teacher(items: Sequence[Item], asking: Asking, folder: RunFolder) -> Measurement:
+    """The teacher's answers to the test rows, which pipeline/distill.py wrote beside them, as an arm."""
+    said: list[Any] = [item.extra[TEACHER] for item in items]
+
+    def graded() -> Measurement:
+        found = looked_up(TEACHER, [one["answer"] for one in said], items, dict(asking.grades))
+        return replace(
+            found,
+            prompt_tokens=np.array([one["prompt_tokens"] for one in said]),
+            completion_tokens=np.array([one["completion_tokens"] for one in said]),
+            seconds=float(sum(one["seconds"] for one in said)),
+        )
+
+    return _once(TEACHER, items, folder, graded)
 
 
 def look_up(

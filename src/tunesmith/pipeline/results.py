@@ -11,7 +11,7 @@ import numpy as np
 from .. import __version__
 from ..evaluate.forgetting import Forgetting
 from ..evaluate.metrics import higher_is_better
-from ..evaluate.stats import contrast, decide, estimate
+from ..evaluate.stats import contrast, decide, decide_equivalence, equivalence, estimate
 from ..recipe import Recipe
 from ..report.cost import lora_versus_full, savings
 from ..types import Contrast, Estimate, Measurement
@@ -45,13 +45,15 @@ def conclude(recipe: Recipe, found: Findings) -> dict[str, Any]:
     deciding = next(c for c in contrasts if (c.a, c.b, c.metric) == (found.subject, found.best_prompted, metric))
     own = {name: Estimate(**arms[name]["metrics"][metric]) for name in (found.subject, found.best_prompted)}
     rise = lost[found.subject]["general_loss"]["change"] if found.subject in lost else None
-    verdict = decide(
-        deciding,
-        Estimate(**rise) if rise else None,
-        recipe.evaluate.forgetting_limit,
-        tuned=own[found.subject],
-        prompted=own[found.best_prompted],
-    )
+    harm, limit = Estimate(**rise) if rise else None, recipe.evaluate.forgetting_limit
+    same = None
+    if "distill" in found.facts:
+        pair = (found.measurements[found.subject], found.measurements[found.best_prompted])
+        same = equivalence(*pair, metric, recipe.evaluate.margin, level, seed)
+        verdict = decide_equivalence(same, harm, limit)
+    else:
+        tuned, prompted = own[found.subject], own[found.best_prompted]
+        verdict = decide(deciding, harm, limit, tuned=tuned, prompted=prompted)
     results = {
         "schema": SCHEMA,
         "tunesmith": __version__,
@@ -69,6 +71,8 @@ def conclude(recipe: Recipe, found: Findings) -> dict[str, Any]:
         "test_reads": 1,
         **found.facts,
     }
+    if same:
+        results["distill"] = {**found.facts["distill"], "equivalence": asdict(same)}
     if {"lora", "full"} <= set(found.trained):
         scores = {
             name: found.measurements[name].scores[metric].tolist() for name in ("lora", "full", found.best_prompted)

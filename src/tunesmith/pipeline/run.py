@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.read import read_choices
+from ..errors import RecipeError
 from ..evaluate.forgetting import Forgetting, Remembered, forgotten, remember
 from ..evaluate.metrics import find_metric, higher_is_better
 from ..evaluate.systems import Prompting
@@ -26,7 +27,7 @@ from ..screen import Screen
 from ..train.meter import machine
 from ..types import Item, Measurement
 from ..world import World
-from .arms import Asking, Selected, ask, look_up, select_prompts
+from .arms import TEACHER, Asking, Selected, ask, grade_teacher, look_up, select_prompts
 from .begin import Place, finished, load_base, needs_held_out, opened
 from .choices import learn_from_choices
 from .forecast import what_rows_show
@@ -48,6 +49,7 @@ class Job:
     asking: Asking
     world: World
     screen: Screen
+    taught: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,12 +78,17 @@ def run(
     *,
     screen: Screen | None = None,
     root: Path = Path(),
+    taught: Mapping[str, Any] | None = None,
 ) -> RunFolder:
     """Do everything the recipe asks for and return the run folder; a finished run is returned as it is.
 
-    `root` is where the recipe's own files (metrics in file.py) are looked up. Raises TunesmithError.
+    `root` is where the recipe's own files (metrics in file.py) are looked up. `taught` comes from pipeline/distill.py:
+    what collecting a teacher's answers took. Raises TunesmithError.
     """
     world, screen = world or World(), screen or Screen(quiet=True)
+    if recipe.task.teacher.by and taught is None:
+        fix = "Use `tunesmith distill`, or leave `task.teacher` out."
+        raise RecipeError("the recipe has a teacher, whose answers come first", where="task.teacher", fix=fix)
     started = time.monotonic()
     folder = RunFolder(path=Path(recipe.out or "runs/run"))
     if finished(folder, recipe, world):
@@ -90,7 +97,7 @@ def run(
     place = Place(recipe=recipe, folder=folder, root=root, world=world, screen=screen, started=started)
     match recipe.method:
         case "sft":
-            _supervised(place)
+            _supervised(place, taught)
         case "reward":
             learn_reward(place)
         case "dpo":
@@ -103,9 +110,9 @@ def run(
     return folder
 
 
-def _supervised(place: Place) -> None:
-    """Imitate examples, and compare with the base model and its best prompts."""
-    job, base = _read(place)
+def _supervised(place: Place, taught: Mapping[str, Any] | None) -> None:
+    """Imitate examples, and compare with the base model and its best prompts, or with the teacher."""
+    job, base = _read(place, taught)
     world, folder = place.world, place.folder
     with opened(place, job.data.ledger, _facts(job)):
         before = _baselines(job, base, folder) if world.leads else None
@@ -119,7 +126,7 @@ def _supervised(place: Place) -> None:
         world.barrier()
 
 
-def _read(place: Place) -> tuple[Job, Model]:
+def _read(place: Place, taught: Mapping[str, Any] | None) -> tuple[Job, Model]:
     """Everything that can be wrong with the recipe, its files or its base shows here, before a folder is made."""
     recipe, world, screen, root = place.recipe, place.world, place.screen, place.root
     needs_held_out(recipe)
@@ -131,7 +138,16 @@ def _read(place: Place) -> tuple[Job, Model]:
     screen.line(what_rows_show(recipe, len(data.test_items))[1])
     how = Sampling(max_new_tokens=data.max_new_tokens, batch=recipe.evaluate.batch)
     asking = Asking(grades=grades, metric=recipe.task.metric, how=how)
-    job = Job(recipe=recipe, root=root, data=data, retention=retention, asking=asking, world=world, screen=screen)
+    job = Job(
+        recipe=recipe,
+        root=root,
+        data=data,
+        retention=retention,
+        asking=asking,
+        world=world,
+        screen=screen,
+        taught=taught,
+    )
     return job, base
 
 
@@ -146,6 +162,8 @@ def _baselines(job: Job, base: Model, folder: RunFolder) -> Before:
     screen.stage("Baselines", "the base model's best fair chance, and lookups")
     selected = select_prompts(job.recipe, base, data, asking, folder, screen)
     asked = {arm.name: ask(arm.name, base, arm, data.test_items, asking, folder, screen) for arm in selected.arms}
+    if job.taught is not None:
+        asked[TEACHER] = grade_teacher(data.test_items, asking, folder)
     return Before(
         selected=selected,
         measured=asked | look_up(data.rows, data.test_items, asking, folder),
@@ -183,12 +201,13 @@ def _findings(job: Job, before: Before, after: Mapping[str, After], *, seconds: 
         "machine": machine(job.world.device),
         "smallest_difference": _smallest_difference(job),
         "seconds": seconds,
+        **({} if job.taught is None else {"distill": job.taught}),
     }
     return Findings(
         measurements={**before.measured, **{name: one.measured for name, one in after.items() if one.measured}},
         trained={name: one.train for name, one in after.items()},
         forgetting={name: one.forgetting for name, one in after.items() if one.forgetting},
-        best_prompted=before.selected.best,
+        best_prompted=before.selected.best if job.taught is None else TEACHER,
         shots=before.selected.shots,
         subject=max(after, key=lambda name: sign * after[name].valid_metric),
         product_parameters=before.product_parameters,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import charts, examples, findings, tables, words
+from . import charts, distilled, examples, findings, tables, words
 from .content import Page
 from .record import RunRecord, is_number, part
 
@@ -21,14 +21,16 @@ _SECTIONS = {
 def sft_page(run: RunRecord) -> Page:
     """What an sft run found."""
     groups = examples.outcomes(run)
+    student = distilled.is_distilled(run)
     return Page(
         template="sft_page.html.j2",
-        finding=findings.finding(run),
+        finding=distilled.finding(run) if student else findings.finding(run),
         reasons=findings.reasons(run),
-        tiles=findings.tiles(run),
+        tiles=[distilled.tile(run) if student and place == 1 else one for place, one in enumerate(findings.tiles(run))],
         brief=tables.brief_table(run, {"prompt tokens": lambda arm: words.count(_prompt_tokens(run, arm))}),
         sections=_SECTIONS,
         charts={"tokens": charts.tokens_chart(run)},
+        tables={"collected": distilled.table(run)},
         more={
             "smallest_difference": _smallest_difference(run),
             "instructions": part(run.results, "task", "instructions") or part(run.recipe, "task", "instructions") or "",

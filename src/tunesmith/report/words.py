@@ -33,6 +33,7 @@ _LABELS = {
     "nearest_neighbour": "nearest neighbour",
     "majority": "majority answer",
     "majority_answer": "majority answer",
+    "teacher": "teacher with its prompt",
     "lora": "LoRA",
     "full": "full fine-tuning",
     "reward": "reward model",
