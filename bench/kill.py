@@ -3,8 +3,8 @@
     python bench/kill.py lora --kills 8
     python bench/kill.py full --kills 8 --seed 1
 
-The run writes a checkpoint after every step, so that many of the kills fall into the writing of one. What is handed over
-and every answer must equal, byte for byte, those of a run that nobody killed. Prints one JSON line.
+The run writes a checkpoint after every step, so that many of the kills fall into the writing of one. What is handed
+over and every answer must equal, byte for byte, those of a run that nobody killed. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from hashlib import sha256
 from pathlib import Path
 
 RECIPE = """
-data: {train: builtin:legal_citations, rows: 160, valid: 0.1, test: 0.1}
+data: {train: builtin:legal_citations, rows: 240, valid: 0.1, test: 0.1}
 task: {instructions: "Write it as a Bluebook citation.", shots: 0}
-train: {batch: 4, max_steps: 14, evaluations: 2}
+train: {batch: 4, max_steps: 36, evaluations: 2}
 evaluate: {rows: 8, valid_rows: 8, forgetting: false}
 """
 COMMAND = """
@@ -52,7 +52,7 @@ def main() -> None:
         moments = []
         while len(moments) < args.kills:
             process = subprocess.Popen([*command, "--set", f"out={folder}/killed"])
-            moment = chance.uniform(0.1, 0.6) * whole_seconds
+            moment = chance.uniform(0.15, 0.4) * whole_seconds
             try:
                 process.wait(moment)
                 break
@@ -70,8 +70,11 @@ def main() -> None:
 
 def contents(run: Path) -> dict[str, str]:
     """Hashes of what a run hands over, and of its answers without the seconds that they took."""
-    handed = [*run.glob("adapter/*"), *run.glob("model/*"), *run.glob("answers/*")]
-    return {str(path.relative_to(run)): sha256(path.read_bytes()).hexdigest() for path in handed}
+    found = {path: path.read_bytes() for kind in ("adapter", "model") for path in run.glob(f"{kind}/*")}
+    for path in run.glob("answers/*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found[path] = json.dumps([{k: v for k, v in line.items() if k != "seconds"} for line in lines]).encode()
+    return {str(path.relative_to(run)): sha256(content).hexdigest() for path, content in found.items()}
 
 
 if __name__ == "__main__":

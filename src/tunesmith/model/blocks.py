@@ -1,7 +1,7 @@
 """The forward pass of models made of llama's blocks, for training and for answers, without their modules' ceremony.
 
-With gradients a block is two halves with hand-written backward passes (sides.py) and attention between them; without, the
-same sums and nothing kept. A model goes this way only if its blocks hold exactly what is known here and a probe at
+With gradients a block is two halves with hand-written backward passes (sides.py) and attention between them; without,
+the same sums and nothing kept. A model goes this way only if its blocks hold exactly what is known here and a probe at
 loading gives the hidden states of its own forward.
 """
 

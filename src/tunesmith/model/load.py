@@ -203,7 +203,7 @@ def load(base: str, world: World, *, dtype: torch.dtype | None = None) -> Model:
     register()
     dtype = dtype or (torch.bfloat16 if world.device.type == "cuda" else torch.float32)
     try:
-        with _without_loading_bars():
+        with without_progress_bars():
             hf, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 vocabulary.folder,
                 dtype=dtype,
@@ -231,7 +231,9 @@ def load(base: str, world: World, *, dtype: torch.dtype | None = None) -> Model:
         notes.append(
             f"{type(hf).__name__} answers differently when packed ({difference:.1e}); one example a row instead"
         )
-    return Model(hf=hf, vocabulary=vocabulary, packs=packs, blocks=probed_blocks(hf) if packs else None, notes=tuple(notes))
+    return Model(
+        hf=hf, vocabulary=vocabulary, packs=packs, blocks=probed_blocks(hf) if packs else None, notes=tuple(notes)
+    )
 
 
 def _unreadable(folder: Path, error: Exception | str) -> ModelError:
@@ -242,7 +244,8 @@ def _unreadable(folder: Path, error: Exception | str) -> ModelError:
 
 
 @contextmanager
-def _without_loading_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers' own bars from the screen: progress is shown in one place, and not when told to be quiet."""
     shown = is_progress_bar_enabled()
     disable_progress_bar()
     try:
