@@ -15,22 +15,22 @@ from ..data.pack import pack
 from ..tensors import Batch, LossTerms, Need, Scores
 from ..types import Example
 from .order import Alone, EpochSteps
-from .rehearsal import BASE, Rehearsal
+from .rehearsal import REHEARSED, Rehearsal
 
 
 class CrossEntropy:
-    """Weighted negative log-likelihood, in nats; for rehearsed texts what it is above the base's."""
+    """Weighted negative log-likelihood, in nats. Of rehearsed texts only the gradient counts, not the value."""
 
     needs: frozenset[Need] = frozenset({"log_probs"})
 
     def count(self, batch: Batch) -> float:
         """Sum of the answers' weights."""
-        return 0.0 if BASE in batch.extra else float(batch.weights.sum())
+        return 0.0 if REHEARSED in batch.extra else float(batch.weights.sum())
 
     def __call__(self, scores: Scores, batch: Batch) -> LossTerms:
         """Sum over scored tokens."""
-        above = batch.extra[BASE] - scores.log_probs if BASE in batch.extra else -scores.log_probs
-        return LossTerms(sum=(above * batch.weights).sum())
+        total = -(scores.log_probs * batch.weights).sum()
+        return LossTerms(sum=total - total.detach() if REHEARSED in batch.extra else total)
 
 
 class SftSteps(EpochSteps):
@@ -49,5 +49,4 @@ class SftSteps(EpochSteps):
 
     def row_tokens(self) -> list[float]:
         """Tokens that each row costs, its share of what is rehearsed included."""
-        beside = self.rehearsal.tokens_beside(self.batch)
-        return [len(example.tokens) + beside for example in self.examples]
+        return [len(example.tokens) + self.rehearsal.tokens_a_row for example in self.examples]

@@ -12,7 +12,7 @@ import numpy as np
 from ..evaluate.measure import example_losses, measure
 from ..evaluate.systems import Prompting
 from ..folder import RunFolder, read_json, read_jsonl, write_json, write_jsonl
-from ..methods.rehearsal import BASE, TEXTS, Rehearsal, own_texts
+from ..methods.rehearsal import TEXTS, Rehearsal, own_text, own_texts
 from ..methods.sft import CrossEntropy, SftSteps
 from ..model.adapters import load_adapter, save_adapter, save_model
 from ..model.load import Model, load
@@ -102,24 +102,12 @@ def rehearsed(recipe: Recipe, base: Model, folder: RunFolder, world: World, scre
     if world.leads and not path.is_file():
         with screen.progress("texts of the base's own, to rehearse", TEXTS) as tick:
             texts = own_texts(base, TEXTS, recipe.train.seed, tick)
-        write_jsonl(path, [_written(text, base) for text in texts])
+        words = [base.tokenizer.decode(text.tokens) for text in texts]
+        lines = [{"id": t.id, "text": said, "tokens": t.tokens.tolist()} for t, said in zip(texts, words, strict=True)]
+        write_jsonl(path, lines)
     world.barrier()
-    return Rehearsal(texts=[_read(line) for line in read_jsonl(path)], strength=strength)
-
-
-def _written(text: Example, base: Model) -> dict[str, Any]:
-    log_probs = [float(value) for value in text.extra[BASE]]
-    words = base.tokenizer.decode(text.tokens)
-    return {"id": text.id, "text": words, "tokens": text.tokens.tolist(), "log_probs": log_probs}
-
-
-def _read(line: Mapping[str, Any]) -> Example:
-    return Example(
-        tokens=np.array(line["tokens"], dtype=np.int64),
-        weights=np.array([0.0] + [1.0] * (len(line["tokens"]) - 1), dtype=np.float32),
-        id=line["id"],
-        extra={BASE: np.array(line["log_probs"], dtype=np.float32)},
-    )
+    texts = [own_text(np.array(line["tokens"], dtype=np.int64), line["id"]) for line in read_jsonl(path)]
+    return Rehearsal(texts=texts, strength=strength)
 
 
 def steps_of(
