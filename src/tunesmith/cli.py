@@ -232,6 +232,8 @@ def serve(
     batch: Annotated[int, typer.Option(min=1, max=256, help="Answers drawn side by side.")] = 16,
     queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; more are refused with 429.")] = 256,
     context: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and answer.")] = 4096,
+    jobs: Annotated[Path | None, typer.Option(help="Take fine-tuning jobs, and keep them in this folder.")] = None,
+    at_once: Annotated[int, typer.Option(min=1, max=64, help="Jobs worked on at a time.")] = 1,
     debug: Debug = False,
 ) -> None:
     """Answer over HTTP as OpenAI's API does: one base in memory, each run's adapter by its folder's name."""
@@ -240,7 +242,8 @@ def serve(
 
     door = start.Door(host=host, port=port, key=key, names=tuple(name or ()))
     limits = Limits(rows=batch, waiting=queue, context_tokens=context)
-    start.serve(model, door, limits, Screen(), update=update)
+    shop = start.Shop(folder=jobs.absolute(), at_once=at_once) if jobs else None
+    start.serve(model, door, limits, Screen(), update=update, shop=shop)
 
 
 @app.command()

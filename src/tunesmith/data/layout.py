@@ -74,8 +74,8 @@ LABELS = ("label", "category", "class", "intent")
 
 ACCEPTED = (
     "Accepted columns: prompt + completion; question + answer; messages; instruction (+ input) + output; text; "
-    "prompt + chosen + rejected; input + preferred_output + non_preferred_output; prompt alone. Or map yours in the recipe, e.g. data.columns: {prompt: ticket, "
-    "completion: reply}."
+    "prompt + chosen + rejected; input + preferred_output + non_preferred_output; prompt alone. Or map yours in the "
+    "recipe, e.g. data.columns: {prompt: ticket, completion: reply}."
 )
 
 
