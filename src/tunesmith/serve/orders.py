@@ -14,6 +14,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from ..data.layout import is_prompt_only
 from ..data.read import read
 from ..errors import DataError
+from ..evaluate.metrics import TEXT_METRICS
 from ..recipe import DataSpec, Recipe, parse_recipe
 from ..train.plan import usual_rate
 from ..types import Comparison
@@ -21,6 +22,7 @@ from .bodies import Body, Name
 from .problems import Problem
 
 TEST = 0.1
+METRICS = (*(name for name in TEXT_METRICS if name != "regex"), "completion_loss")  # those that need no further key
 Auto = Literal["auto"]
 FileName = Annotated[str, StringConstraints(pattern=r"^file-[A-Za-z0-9]{1,64}$")]
 Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -86,6 +88,13 @@ class Extras(Body):
     rank: Annotated[int, Field(ge=1, le=1024)] | None = None
     max_steps: Annotated[int, Field(ge=1)] | None = None
     forgetting: bool | None = None
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None and value not in METRICS:
+            raise ValueError(f"unknown; one of {', '.join(METRICS)}")
+        return value
 
 
 class JobBody(Body):
