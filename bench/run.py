@@ -24,7 +24,7 @@ SHARED = HERE.parent.parent / "shared"
 PEER_PYTHON = Path(os.environ.get("PEER_PYTHON", HERE.parent / ".venv-peer" / "bin" / "python"))
 PEER_PACKAGES = ["transformers==5.23.0", "trl==1.16.0", "peft==0.21.2", "datasets==5.2.0", "gguf"]
 ROWS, VALID_ROWS = 96, 48
-CASES = {"even": "legal_citations", "uneven": "instruct_user252"}
+CASES = {"even": "legal_citations", "uneven": "instruct_user252", "instructed": "icd10cm_chapter"}
 ALIGN_PAIRS = {"dpo": 32, "reward": 64, "grpo": 64}
 GRPO_STEPS = 6
 
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def supervised(model: Path, work: Path, wanted: list[str]) -> None:
-    """Fine-tuning on examples, even and uneven rows, LoRA and full."""
+    """Fine-tuning on examples, LoRA and full: even rows, uneven rows, rows that begin with one long instruction."""
     results = {"gemm_gflops": matrix_rate(), "threads": torch.get_num_threads(), "cases": []}
     for case in CASES:
         train, valid = rows_of(case, work)
@@ -137,15 +137,17 @@ def matrix_rate() -> dict[str, float]:
 def rows_of(case: str, work: Path) -> tuple[Path, Path]:
     """96 training rows and 48 validation rows of a case as plain prompt/completion files."""
     folder = SHARED / "data" / CASES[case]
+    source = next(path for path in (folder / "train.jsonl.gz", folder / "test.jsonl") if path.exists())
+    content = gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes()
+    plain = [json.loads(line) for line in content.decode("utf-8").splitlines()]
     if case == "even":
-        with gzip.open(folder / "train.jsonl.gz", "rt", encoding="utf-8") as file:
-            lines = [json.loads(line) for line in file]
-        plain = [
-            line for line in lines if "." not in line["parties"].replace(" v. ", " ") and "'" not in line["parties"]
-        ]
+        plain = [row for row in plain if "." not in row["parties"].replace(" v. ", " ") and "'" not in row["parties"]]
+    elif case == "uneven":
+        plain = [row for row in plain if 30 <= len(row["prompt"].split()) + len(row["completion"].split()) <= 220]
     else:
-        plain = [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
-        plain = [line for line in plain if 30 <= len(line["prompt"].split()) + len(line["completion"].split()) <= 220]
+        titles = "\n".join(f"{n}. {title}" for n, title in enumerate(sorted({row["completion"] for row in plain}), 1))
+        asked = f"Which ICD-10-CM chapter does this diagnosis belong to? Reply with one of these titles only.\n{titles}"
+        plain = [row | {"prompt": f"{asked}\nDiagnosis: {row['prompt']}"} for row in plain[::50]]
     paths = []
     for name, part in (("train", plain[:ROWS]), ("valid", plain[ROWS : ROWS + VALID_ROWS])):
         path = work / f"{case}_{name}.jsonl"
@@ -197,10 +199,9 @@ def print_table(results: dict) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for c in results["cases"]:
         p, o, r = c["peer"], c["ours"], c["ratios"]
-        print(
-            f"| {c['case']} | {c['update']} | {p['tokens_per_second']:.0f} | {o['tokens_per_second']:.0f} | {r['speed']:.2f} | "
-            f"{p['peak_memory_gb']:.1f} | {o['peak_memory_gb']:.1f} | {r['memory']:.2f} | {p['valid_loss_after']:.4f} | {o['valid_loss_after']:.4f} |"
-        )
+        cells = [c["case"], c["update"], f"{p['tokens_per_second']:.0f}", f"{o['tokens_per_second']:.0f}"]
+        cells += [f"{r['speed']:.2f}", f"{p['peak_memory_gb']:.1f}", f"{o['peak_memory_gb']:.1f}", f"{r['memory']:.2f}"]
+        print("| " + " | ".join([*cells, f"{p['valid_loss_after']:.4f}", f"{o['valid_loss_after']:.4f}"]) + " |")
 
 
 if __name__ == "__main__":

@@ -46,16 +46,16 @@ def pack(examples: Sequence[Example], *, budget_tokens: int, share: bool = True)
 def pack_groups(groups: Sequence[Sequence[Example]], *, budget_tokens: int, share: bool = True) -> list[Batch]:
     """Packed batches in which the Examples of a group stay together, side by side and in their order."""
     sizes = [sum(len(e.tokens) for e in group) - (len(group) - 1) * _prefix(group, share) for group in groups]
-    return [_stream([groups[i] for i in members], share) for members in bins(sizes, budget_tokens)]
+    return [pack_together([groups[i] for i in members], share=share) for members in bins(sizes, budget_tokens)]
 
 
 def pack_one(examples: Sequence[Example], *, share: bool = True) -> Batch:
     """All of `examples` in one stream."""
-    return _stream([[example] for example in examples], share)
+    return pack_together([[example] for example in examples], share=share)
 
 
-def _stream(groups: Sequence[Sequence[Example]], share: bool) -> Batch:
-    """Segments in order: the prefix of all, then for each group its own prefix and its Examples' rests."""
+def pack_together(groups: Sequence[Sequence[Example]], *, share: bool = True) -> Batch:
+    """All groups in one stream. Segments in order: the prefix of all, then each group's own and its Examples' rests."""
     examples = [example for group in groups for example in group]
     segments: list[tuple[int, int, int, int]] = []  # Example, first and last token, parent
     root = _prefix(examples, share)

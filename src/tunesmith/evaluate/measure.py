@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from ..data.pack import pack_one
+from ..data.pack import pack_one, pack_together
 from ..data.render import prompt_tokens, render, render_last
 from ..model.load import Model
 from ..model.sample import Sampling, sample
@@ -83,13 +83,13 @@ def looked_up(arm: str, answers: Sequence[str], items: Sequence[Item], grades: d
 
 def completion_losses(model: Model, prompting: Prompting, items: Sequence[Item]) -> np.ndarray:
     """Mean negative log-likelihood of each reference answer, end of turn included, in nats per token."""
-    return -_log_likelihoods(model, [_answered(model, prompting, item, item.reference) for item in items])
+    return -_per_token(*example_losses(model, [_answered(model, prompting, item, item.reference) for item in items]))
 
 
 def choice_accuracies(model: Model, prompting: Prompting, items: Sequence[Item]) -> np.ndarray:
     """1 where the reference has the highest log-likelihood per token among the item's choices."""
-    examples = [_answered(model, prompting, item, text) for item in items for text in item.choices]
-    flat = _log_likelihoods(model, examples)
+    groups = [[_answered(model, prompting, item, text) for text in item.choices] for item in items]
+    flat = _per_token(*group_losses(model, groups))
     right, at = [], 0
     for item in items:
         best = item.choices[int(np.argmax(flat[at : at + len(item.choices)]))]
@@ -98,19 +98,27 @@ def choice_accuracies(model: Model, prompting: Prompting, items: Sequence[Item])
     return np.array(right)
 
 
-@torch.no_grad()
 def example_losses(model: Model, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
-    """Per example: summed negative log-likelihood of its trained tokens in nats, and their number.
+    """Per example: summed negative log-likelihood of its trained tokens in nats, and their number."""
+    return group_losses(model, [[example] for example in examples])
 
-    Neighbours share a forward pass, and with it the prefix that they have in common.
+
+@torch.no_grad()
+def group_losses(model: Model, groups: Sequence[Sequence[Example]]) -> tuple[np.ndarray, np.ndarray]:
+    """`example_losses` of the groups' Examples, one after the other.
+
+    What a group begins with is computed once; neighbours share a forward pass, and with it what all of them begin with.
     """
-    sums, counts = np.zeros(len(examples)), np.zeros(len(examples))
-    for run in _runs([len(example.tokens) for example in examples], SCORE_TOKENS if model.packs else 1):
-        batch = pack_one([examples[place] for place in run], share=model.packs)
-        log_probs = score(model, batch.to(model.device)).log_probs.double().cpu().numpy()
-        weights = batch.weights.numpy().astype(np.float64)
-        np.add.at(sums, np.array(run)[batch.owner.numpy()], -log_probs * weights)
-        np.add.at(counts, np.array(run)[batch.owner.numpy()], weights)
+    sums, counts = (np.zeros(sum(map(len, groups))) for _ in range(2))
+    at = 0
+    for run in _runs([sum(len(example.tokens) for example in group) for group in groups], SCORE_TOKENS):
+        together = [groups[place] for place in run]
+        for batch in [pack_together(together)] if model.packs else [pack_one([e]) for group in together for e in group]:
+            log_probs = score(model, batch.to(model.device)).log_probs.double().cpu().numpy()
+            weights, owner = batch.weights.numpy().astype(np.float64), at + batch.owner.numpy()
+            np.add.at(sums, owner, -log_probs * weights)
+            np.add.at(counts, owner, weights)
+            at += len(batch.ids)
     return sums, counts
 
 
@@ -127,9 +135,8 @@ def _runs(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return runs
 
 
-def _log_likelihoods(model: Model, examples: Sequence[Example]) -> np.ndarray:
-    """Per token, so that long answers are not at a disadvantage."""
-    sums, counts = example_losses(model, examples)
+def _per_token(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Mean log-likelihoods, so that long answers are not at a disadvantage."""
     return -sums / np.maximum(counts, 1)
 
 

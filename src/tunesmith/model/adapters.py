@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..folder import write_json, write_manifest, written_aside
-from .load import Model
+from .load import Model, without_progress_bars
 from .lora import LoraShape, attach_lora, lora_layers
 
 _PREFIX = "base_model.model."
@@ -121,7 +121,7 @@ def load_adapter(model: Model, folder: Path) -> LoraShape:
 
 def save_model(model: Model, out: Path, beside: Beside = nothing) -> Path:
     """Write the whole model as a transformers folder: weights, config, generation config, tokenizer and template."""
-    with written_aside(out) as folder:
+    with written_aside(out) as folder, without_progress_bars():
         model.hf.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
         beside(folder)

@@ -35,10 +35,10 @@ from ..folder import RunFolder, is_run_folder, manifest_problem, read_json, sha2
 from ..tensors import Layout
 from ..world import World
 from .attention import NAME, PackedAttention, register
+from .blocks import Blocks, blocks_of
 from .builtin import builtin_model, cache_folder
 from .fused import use_fused
 from .gguf import convert_gguf
-from .lean import Lean, lean
 from .linear import Linear, use_fast_linear
 from .merge import merge_files
 
@@ -65,14 +65,13 @@ class Vocabulary:
 class Model:
     """A causal language model, ready for the engine.
 
-    `packs` says whether rows may share one stream; `lean`, where the architecture has it, is its forward without
-    gradients.
+    `packs` says whether rows may share one stream; `blocks`, where the architecture has them, are its own forward pass.
     """
 
     hf: PreTrainedModel
     vocabulary: Vocabulary
     packs: bool
-    lean: Lean | None = None
+    blocks: Blocks | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -204,7 +203,7 @@ def load(base: str, world: World, *, dtype: torch.dtype | None = None) -> Model:
     register()
     dtype = dtype or (torch.bfloat16 if world.device.type == "cuda" else torch.float32)
     try:
-        with _without_loading_bars():
+        with without_progress_bars():
             hf, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 vocabulary.folder,
                 dtype=dtype,
@@ -232,7 +231,9 @@ def load(base: str, world: World, *, dtype: torch.dtype | None = None) -> Model:
         notes.append(
             f"{type(hf).__name__} answers differently when packed ({difference:.1e}); one example a row instead"
         )
-    return Model(hf=hf, vocabulary=vocabulary, packs=packs, lean=probed_lean(hf) if packs else None, notes=tuple(notes))
+    return Model(
+        hf=hf, vocabulary=vocabulary, packs=packs, blocks=probed_blocks(hf) if packs else None, notes=tuple(notes)
+    )
 
 
 def _unreadable(folder: Path, error: Exception | str) -> ModelError:
@@ -243,7 +244,8 @@ def _unreadable(folder: Path, error: Exception | str) -> ModelError:
 
 
 @contextmanager
-def _without_loading_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers' own bars from the screen: progress is shown in one place, and not when told to be quiet."""
     shown = is_progress_bar_enabled()
     disable_progress_bar()
     try:
@@ -286,16 +288,16 @@ def probe(hf: PreTrainedModel, device: torch.device) -> float:
 
 
 @torch.no_grad()
-def probed_lean(hf: PreTrainedModel) -> Lean | None:
-    """The lean forward of `hf`, if it has one that gives the hidden states of its own."""
-    found = lean(hf)
+def probed_blocks(hf: PreTrainedModel) -> Blocks | None:
+    """The blocks of `hf`, if it is made of them and they give the hidden states of its own forward."""
+    found = blocks_of(hf)
     if found is None:
         return None
     size, device = int(hf.get_input_embeddings().weight.shape[0]), hf.device  # type: ignore[arg-type]
     tokens = torch.randint(0, size, (9,), generator=torch.Generator().manual_seed(1)).to(device)
     positions, attend = torch.arange(9, device=device), PackedAttention(Layout(lengths=(9,), parents=(-1,)))
     own = hf.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False, attend=attend)
-    near = torch.allclose(found(tokens, positions, attend), own.last_hidden_state[0], rtol=1e-3, atol=1e-3)
+    near = torch.allclose(found.answer(tokens, positions, attend), own.last_hidden_state[0], rtol=1e-3, atol=1e-3)
     return found if near else None
 
 

@@ -276,8 +276,9 @@ def how_many(waiting: Sequence[Row], free: int) -> int:
 
 
 def _forward(model: Model, tokens: np.ndarray, positions: np.ndarray, attend: Attend) -> Tensor:
-    if model.lean:
-        return model.lean(torch.as_tensor(tokens).to(model.device), torch.as_tensor(positions).to(model.device), attend)
+    if model.blocks:
+        places = torch.as_tensor(positions).to(model.device)
+        return model.blocks.answer(torch.as_tensor(tokens).to(model.device), places, attend)
     out = model.body(
         input_ids=torch.as_tensor(tokens, device=model.device)[None],
         position_ids=torch.as_tensor(positions, device=model.device)[None],

@@ -47,14 +47,17 @@ def hidden_states(model: Model, batch: Batch) -> Float[Tensor, "S D"]:
     """Final hidden state at each scored position."""
     if not model.packs:
         return _hidden_plainly(model, batch)
-    out = model.body(
-        input_ids=batch.tokens[None],
-        position_ids=batch.positions[None],
-        use_cache=False,
-        attend=PackedAttention(batch.layout),
-    )
+    attend = PackedAttention(batch.layout)
+    if model.blocks and not torch.is_grad_enabled():
+        hidden = model.blocks.answer(batch.tokens, batch.positions, attend)
+    elif model.blocks and model.blocks.trains:
+        hidden = model.blocks.train(batch.tokens, batch.positions, attend)
+    else:
+        hidden = model.body(
+            input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, attend=attend
+        ).last_hidden_state[0]
     # Not index_select, whose gradient is scattered number by number.
-    return F.embedding(batch.index, out.last_hidden_state[0])
+    return F.embedding(batch.index, hidden)
 
 
 def _values(model: Model, hidden: Float[Tensor, "S D"]) -> Float[Tensor, "S"]:

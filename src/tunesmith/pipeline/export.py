@@ -329,11 +329,8 @@ def _score(job: Job, reference: Reference, texts: Sequence[str]) -> tuple[Contra
         return None, f"{metric} could not be computed again ({error.what})"
     if not np.allclose(again, stored):
         return None, f"{metric} gives the judged answers other scores now, so it reads more than prompt and reference"
-    arms = [
-        _arm(name, items, text, metric, scores)
-        for name, text, scores in (("exported", texts, found), ("judged", given, stored))
-    ]
-    return contrast(*arms, metric, evaluate.level, evaluate.seed), ""
+    exported, judged = _arm("exported", items, texts, metric, found), _arm("judged", items, given, metric, stored)
+    return contrast(exported, judged, metric, evaluate.level, evaluate.seed), ""
 
 
 def _arm(name: str, items: Sequence[Item], texts: Sequence[str], metric: str, scores: np.ndarray) -> Measurement:

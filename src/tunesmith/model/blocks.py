@@ -1,7 +1,8 @@
-"""The forward pass without gradients and without ceremony, for models made of llama's blocks.
+"""The forward pass of models made of llama's blocks, for training and for answers, without their modules' ceremony.
 
-With one token a row, transformers' modules take longer to call than their products to compute. A model goes this way
-only if its blocks hold exactly what is known here and a probe at loading gives the hidden states of its own forward.
+With gradients a block is two halves with hand-written backward passes (sides.py) and attention between them; without,
+the same sums and nothing kept. A model goes this way only if its blocks hold exactly what is known here and a probe at
+loading gives the hidden states of its own forward.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .attention import Attend
 from .fused import GatedMlp, RmsNorm
 from .linear import Linear, product
 from .lora import LoraLinear
+from .sides import Dense, gated, into_attention, out_of_attention
 
 _MODEL = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -40,9 +42,15 @@ class Block:
     up: nn.Module
     down: nn.Module
 
+    @property
+    def plain(self) -> bool:
+        """Whether every layer is a matrix, with or without one adapter, and nothing else."""
+        layers = (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
+        return all(type(layer) in (Linear, LoraLinear) and layer.bias is None for layer in layers)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lean:
+class Blocks:
     """The parts of a model below its output layer. They are the model's own modules, adapters included."""
 
     embed: nn.Module
@@ -50,13 +58,31 @@ class Lean:
     blocks: tuple[Block, ...]
     norm: RmsNorm
 
-    @torch.no_grad()
-    def __call__(self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], attend: Attend) -> Float[Tensor, "T D"]:
-        """Final hidden state of each token of a stream."""
+    @property
+    def trains(self) -> bool:
+        """Whether `train` knows every layer."""
+        return self.norm.weight.dtype == torch.float32 and all(block.plain for block in self.blocks)
+
+    def train(self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], attend: Attend) -> Float[Tensor, "T D"]:
+        """Final hidden state of each token of a stream, with gradients."""
         x = self.embed(tokens)
-        cos, sin = (part[0, :, None] for part in self.rotary(x[None], positions[None]))
+        turn = self._turn(x, positions)
+        for layer, block in enumerate(self.blocks):
+            inward = [_dense(part) for part in (block.q, block.k, block.v)]
+            heads = into_attention(x, block.norm.weight, block.norm.variance_epsilon, turn, inward)
+            query, key, value = (part.transpose(0, 1) for part in heads)
+            seen = attend(layer, query, key, value, block.scaling, None)
+            x = out_of_attention(x, seen.transpose(0, 1).flatten(1), _dense(block.o))
+            wide = [_dense(part) for part in (block.gate, block.up, block.down)]
+            x = gated(x, block.norm_again.weight, block.norm_again.variance_epsilon, wide)
+        return self.norm(x)
+
+    @torch.no_grad()
+    def answer(self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], attend: Attend) -> Float[Tensor, "T D"]:
+        """Final hidden state of each token of a stream, without gradients."""
+        x = self.embed(tokens)
+        cos, sin = self._turn(x, positions)
         half = sin.shape[-1] // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
         for layer, block in enumerate(self.blocks):
             normal = _rms_norm(x, block.norm)
             query, key, value = (
@@ -71,8 +97,14 @@ class Lean:
             x.add_(_linear(block.down, F.silu(_linear(block.gate, normal)).mul_(_linear(block.up, normal))))
         return _rms_norm(x, self.norm)
 
+    def _turn(self, x: Float[Tensor, "T D"], positions: Int[Tensor, "T"]) -> tuple[Tensor, Tensor]:
+        """cos and sin [T 1 d] of the rotary embedding, the first half of sin negative."""
+        cos, sin = (part[0, :, None] for part in self.rotary(x[None], positions[None]))
+        half = sin.shape[-1] // 2
+        return cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
 
-def lean(hf: PreTrainedModel) -> Lean | None:
+
+def blocks_of(hf: PreTrainedModel) -> Blocks | None:
     """The parts of `hf` if it is made of nothing but llama's blocks (by what its modules hold), else None."""
     config, body = hf.config.to_dict(), hf.base_model
     if set(dict(body.named_children())) != _MODEL:
@@ -84,7 +116,7 @@ def lean(hf: PreTrainedModel) -> Lean | None:
     if not isinstance(norm, RmsNorm) or any(block is None for block in blocks):
         return None
     embed, rotary = body.get_submodule("embed_tokens"), body.get_submodule("rotary_emb")
-    return Lean(embed=embed, rotary=rotary, blocks=tuple(b for b in blocks if b is not None), norm=norm)
+    return Blocks(embed=embed, rotary=rotary, blocks=tuple(b for b in blocks if b is not None), norm=norm)
 
 
 def _block(layer: nn.Module) -> Block | None:
@@ -112,6 +144,14 @@ def _block(layer: nn.Module) -> Block | None:
         up=mlp.up_proj,
         down=mlp.down_proj,
     )
+
+
+def _dense(module: nn.Module) -> Dense:
+    """A layer that is `Block.plain`."""
+    assert isinstance(module, Linear)
+    if isinstance(module, LoraLinear) and module.enabled:
+        return Dense(module.weight, module.lora_a, module.lora_b, module.scale)
+    return Dense(module.weight, None, None, 0.0)
 
 
 def _linear(module: nn.Module, x: Float[Tensor, "T K"]) -> Float[Tensor, "T N"]:

@@ -1,4 +1,4 @@
-"""The lean forward pass gives the model's own hidden states, and stands aside where it does not know a block."""
+"""The blocks give the hidden states of the model's own forward pass, and stand aside where they do not know one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tunesmith.model.attention import PackedAttention
-from tunesmith.model.lean import lean
-from tunesmith.model.load import Model, probed_lean
+from tunesmith.model.blocks import blocks_of
+from tunesmith.model.load import Model, probed_blocks
 from tunesmith.model.lora import LoraShape, adapters_off, attach_lora, lora_layers
 from tunesmith.tensors import Layout
 
@@ -26,10 +26,10 @@ POSITIONS = torch.cat([torch.arange(5), torch.arange(5, 11), torch.arange(5, 9)]
 
 def both_ways(model: Model) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, attend = torch.arange(15) * 7 % 290, PackedAttention(LAYOUT)
-    assert model.lean
+    assert model.blocks
     with torch.no_grad():
         own = model.body(input_ids=tokens[None], position_ids=POSITIONS[None], use_cache=False, attend=attend)
-    return model.lean(tokens, POSITIONS, attend), own.last_hidden_state[0]
+    return model.blocks.answer(tokens, POSITIONS, attend), own.last_hidden_state[0]
 
 
 def test_hidden_states_are_those_of_the_models_own_forward(tiny_model: Model) -> None:
@@ -54,18 +54,18 @@ def test_adapters_count_while_they_are_on(fresh_model: Model) -> None:
     [(Qwen3ForCausalLM, Qwen3Config), (MistralForCausalLM, lambda **k: MistralConfig(**k, sliding_window=4))],
 )
 def test_a_block_with_more_in_it_or_a_window_keeps_its_own_forward(kind: type, config: type) -> None:
-    assert lean(kind(config(**SMALL))) is None
+    assert blocks_of(kind(config(**SMALL))) is None
 
 
 def test_a_forward_that_gives_something_else_is_not_used(fresh_model: Model) -> None:
     """Here the embedding is scaled, which no module shows."""
     embed = fresh_model.hf.get_input_embeddings()
-    assert probed_lean(fresh_model.hf)
+    assert probed_blocks(fresh_model.hf)
     fresh_model.body.register_forward_pre_hook(
         lambda _, args, kwargs: (args, {**kwargs, "input_ids": None, "inputs_embeds": 9 * embed(kwargs["input_ids"])}),
         with_kwargs=True,
     )
-    assert probed_lean(fresh_model.hf) is None
+    assert probed_blocks(fresh_model.hf) is None
 
 
 def test_the_blocks_of_a_plain_llama_are_known() -> None:
@@ -73,9 +73,9 @@ def test_the_blocks_of_a_plain_llama_are_known() -> None:
     from tunesmith.model.linear import use_fast_linear
 
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
-    assert lean(model) is None
+    assert blocks_of(model) is None
     use_fast_linear(model)
     use_fused(model)
-    found = lean(model)
+    found = blocks_of(model)
     assert found
     assert len(found.blocks) == 2
