@@ -276,7 +276,7 @@ def _served(stack: ExitStack) -> Iterator[Serve]:
     from tunesmith.serve.hall import opened
     from tunesmith.serve.listen import bound
     from tunesmith.serve.start import Door, gate_for, http_server
-    from tunesmith.serve.tuning import held, opened_desk
+    from tunesmith.serve.tuning import Shop, held, opened_desk
     from tunesmith.world import World
 
     def serve(
@@ -284,6 +284,7 @@ def _served(stack: ExitStack) -> Iterator[Serve]:
         key: str = "",
         host: str = "127.0.0.1",
         jobs: Path | None = None,
+        python_graders: bool = False,
         most_file_bytes: int = 10_000_000,
         **limits: int,
     ) -> Serving:
@@ -293,7 +294,9 @@ def _served(stack: ExitStack) -> Iterator[Serve]:
         desk = None
         if jobs:
             stack.enter_context(held(jobs))
-            desk = stack.enter_context(opened_desk(jobs, hall, Screen(quiet=True), key=key))
+            desk = stack.enter_context(
+                opened_desk(Shop(folder=jobs, python_graders=python_graders), hall, Screen(quiet=True), key=key)
+            )
             desk = replace(desk, most_file_bytes=most_file_bytes)
         server = http_server(hall, gate_for(Door(host=host, key=key), tuning=jobs is not None), desk)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [server_socket]})
@@ -324,4 +327,9 @@ def serving(runs: Runs) -> Iterator[Serving]:
 def shop(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """A server that takes fine-tuning jobs, with room for files of 100,000 bytes."""
     with _served(ExitStack()) as start:
-        yield start(tiny_model_folder, jobs=tmp_path_factory.mktemp("shop") / "jobs", most_file_bytes=100_000)
+        yield start(
+            tiny_model_folder,
+            jobs=tmp_path_factory.mktemp("shop") / "jobs",
+            most_file_bytes=100_000,
+            python_graders=True,
+        )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2 as httpx
 import openai
 import pytest
+import torch
 import yaml
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
@@ -22,6 +23,7 @@ from tunesmith.data.read import read
 from tunesmith.errors import FolderError
 from tunesmith.recipe import DataSpec
 from tunesmith.serve.jobs import add_job, find_job, move, open_store
+from tunesmith.serve.room import fits, has_room
 from tunesmith.serve.tuning import held
 from tunesmith.serve.workers import problem_in
 from tunesmith.types import Comparison
@@ -54,6 +56,29 @@ def jsonl(rows: list[dict[str, Any]]) -> bytes:
 CHATS, CHOICES = jsonl([chat_row(word) for word in WORDS[:40]]), jsonl([choice_row(word) for word in WORDS[:40]])
 
 
+def question_row(word: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": f"Upper case of: {word}"}], "answer": word.upper()}
+
+
+def reinforced(grader: dict[str, Any], **hyperparameters: Any) -> dict[str, Any]:
+    return {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": hyperparameters}}
+
+
+QUESTIONS = jsonl([question_row(word) for word in WORDS[:40]])
+NEAR = {
+    "type": "text_similarity",
+    "name": "near",
+    "input": "{{ sample.output_text }}",
+    "reference": "{{ item.answer }}",
+    "evaluation_metric": "fuzzy_match",
+}
+PYTHON = {
+    "type": "python",
+    "name": "own",
+    "source": "def grade(sample, item):\n    return len(set(sample['output_text']) & set(item['answer'])) / 4\n",
+}
+
+
 @pytest.fixture
 def client(shop: Serving) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{shop.url}/v1", api_key="none", max_retries=0, timeout=60) as one:
@@ -73,7 +98,7 @@ def upload(client: OpenAI, content: bytes = CHATS, name: str = "rows.jsonl", **m
 def create(
     client: OpenAI, shop: Serving, file: str, small: dict[str, Any] | None = None, **asked: Any
 ) -> FineTuningJob:
-    own = {"tunesmith": {**SMALL, **(small or {})}}
+    own = {"tunesmith": {key: value for key, value in {**SMALL, **(small or {})}.items() if value is not None}}
     model = shop.hall.base_name
     return client.fine_tuning.jobs.create(model=model, training_file=file, extra_body=own, **asked)
 
@@ -270,7 +295,7 @@ def test_a_supervised_job_ends_in_a_model_that_answers(client: OpenAI, shop: Ser
 @pytest.mark.slow
 def test_a_dpo_job_is_paused_resumed_and_ends_in_a_model_that_answers(client: OpenAI, shop: Serving) -> None:
     method: Any = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 50, "batch_size": 4}}}
-    job = create(client, shop, upload(client, CHOICES), {"max_steps": 400}, method=method)
+    job = create(client, shop, upload(client, CHOICES), {"max_steps": 400, "shots": None}, method=method)
     waiting = create(client, shop, upload(client))  # one at a time: it waits
     end, pause = time.monotonic() + 120, threading.Event()
     while not any("training loss" in message for message in messages(client, job.id)):
@@ -306,6 +331,7 @@ def test_a_bad_row_fails_the_job_with_its_file_line_and_reason(client: OpenAI, s
     assert client.fine_tuning.jobs.list_events(job.id).data[0].level == "error"
     with pytest.raises(openai.BadRequestError):
         client.fine_tuning.jobs.resume(job.id)
+    assert client.fine_tuning.jobs.retrieve(job.id) == job
     held_out = create(client, shop, upload(client), validation_file=upload(client, CHOICES, "v.jsonl"))
     error = job_when(client, held_out.id, "failed").error
     assert error
@@ -332,6 +358,53 @@ def test_why_a_worker_ended_is_read_from_its_log(log: str, code: int, kind: str,
     assert problem_in(path, 27, code) == {"code": kind, "message": message, "param": None}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("grader", [NEAR, PYTHON], ids=lambda grader: grader["type"])
+def test_a_reinforcement_job_ends_in_a_model_that_answers(
+    grader: dict[str, Any], client: OpenAI, shop: Serving, http: httpx.Client
+) -> None:
+    wishes = {"n_epochs": 1, "batch_size": 20, "compute_multiplier": 0.5}
+    method: Any = {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": wishes}}
+    job = create(client, shop, upload(client, QUESTIONS), {"shots": None}, method=method, seed=3)
+    job = job_when(client, job.id, "succeeded")
+    assert job.method
+    assert job.method.reinforcement
+    assert job.method.reinforcement.grader.name == grader["name"]
+    assert job.fine_tuned_model
+    turns: Any = [{"role": "user", "content": "Upper case of: abcd"}]
+    assert client.chat.completions.create(model=job.fine_tuned_model, messages=turns, max_tokens=4).choices
+    ours = job.tunesmith  # type: ignore[attr-defined]
+    recipe = yaml.safe_load((Path(ours["run"]) / "recipe.yaml").read_text())
+    assert (recipe["method"], recipe["reward"]["by"]) == ("grpo", "grader.py:tunesmith_grade")
+    assert [recipe["policy"][name] for name in ("rollouts", "prompts", "group")] == [2, 20, 4]
+    assert "reward" in " ".join(messages(client, job.id))
+    assert len(http.get(f"{JOBS}/{job.id}/progress").json()["reward"]) == 2
+    assert http.get(ours["report"]).status_code == 200
+
+
+def test_a_row_without_the_graders_field_fails_the_job_with_its_line(client: OpenAI, shop: Serving) -> None:
+    rows = QUESTIONS.splitlines(keepends=True)
+    rows[2] = b'{"messages": [{"role": "user", "content": "and then?"}]}\n'
+    method: Any = {"type": "reinforcement", "reinforcement": {"grader": NEAR}}
+    job = create(client, shop, upload(client, b"".join(rows), "q.jsonl"), {"shots": None}, method=method)
+    error = job_when(client, job.id, "failed").error
+    assert error
+    assert "training/q.jsonl:3: the row has no 'answer'" in error.message
+
+
+def test_python_graders_are_refused_unless_they_are_allowed(
+    client: OpenAI, shop: Serving, serve: Any, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    method: Any = {"type": "reinforcement", "reinforcement": {"grader": PYTHON}}
+    careful = serve(tiny_model_folder, jobs=tmp_path / "jobs")
+    with OpenAI(base_url=f"{careful.url}/v1", api_key="none", max_retries=0) as one:
+        file = upload(one, QUESTIONS)
+        with pytest.raises(openai.BadRequestError, match="--python-graders") as caught:
+            create(one, careful, file, {"shots": None}, method=method)
+        assert caught.value.code == "grader_not_allowed"
+        assert one.fine_tuning.jobs.list().data == []
+
+
 def asked(shop: Serving, **changes: Any) -> dict[str, Any]:
     return {"model": shop.hall.base_name, "training_file": "file-unknown", **changes}
 
@@ -348,7 +421,14 @@ def asked(shop: Serving, **changes: Any) -> dict[str, Any]:
         ({"validation_file": "file-unknown"}, 400, "validation_file"),
         ({"metadata": {str(n): "x" for n in range(17)}}, 400, "metadata"),
         ({"integrations": [{"type": "wandb"}]}, 400, "integrations"),
-        ({"method": {"type": "reinforcement", "reinforcement": {"grader": {}}}}, 400, "method"),
+        ({"method": {"type": "reinforcement"}}, 400, "method"),
+        ({"method": reinforced({})}, 400, "method"),
+        ({"method": reinforced({**NEAR, "operation": "same"})}, 400, "method"),
+        ({"method": reinforced({**NEAR, "input": "{{ sample.output_json.x }}"})}, 400, "method"),
+        ({"method": reinforced({**PYTHON, "source": "def grade(:"})}, 400, "method"),
+        ({"method": reinforced({**PYTHON, "source": "def other(): pass"})}, 400, "method"),
+        ({"method": reinforced(NEAR, eval_interval=3)}, 400, "method"),
+        ({"method": {"type": "dpo"}, "tunesmith": {"metric": "bleu"}}, 400, "tunesmith"),
         ({"method": {"type": "dpo", "supervised": {}}}, 400, "method"),
         ({"method": {"type": "supervised", "supervised": {}}, "hyperparameters": {}}, 400, "hyperparameters"),
         ({"hyperparameters": {"n_epochs": 0}}, 400, "hyperparameters"),
@@ -366,9 +446,12 @@ def test_a_wish_that_is_not_honoured_is_refused_by_its_name(
     assert (refused.status_code, error_of(refused)["param"]) == (status, param)
 
 
-def test_reinforcement_is_refused_with_the_way_that_there_is(shop: Serving, http: httpx.Client) -> None:
-    method = {"type": "reinforcement", "reinforcement": {"grader": {"type": "string_check"}}}
-    assert "grpo" in error_of(http.post(JOBS, json=asked(shop, method=method)))["message"]
+@pytest.mark.parametrize("kind", ["score_model", "label_model", "multi", "endpoint"])
+def test_a_grader_that_is_not_here_is_refused_with_those_that_are(kind: str, shop: Serving, http: httpx.Client) -> None:
+    error = error_of(http.post(JOBS, json=asked(shop, method=reinforced({"type": kind, "name": "x"}))))
+    assert kind in error["message"]
+    for known in ("string_check", "text_similarity", "python"):
+        assert known in error["message"]
 
 
 def test_the_same_rows_are_not_taken_for_training_and_validation(client: OpenAI, shop: Serving) -> None:
@@ -410,6 +493,25 @@ def test_of_a_cancel_and_an_end_at_one_time_only_one_wins(tmp_path: Path) -> Non
 def test_a_second_server_on_the_same_jobs_is_refused(tmp_path: Path) -> None:
     with held(tmp_path), pytest.raises(FolderError, match="in use by process"), held(tmp_path):
         pass
+
+
+def test_another_starts_only_where_it_fits_beside_what_those_at_work_will_grow_to() -> None:
+    assert fits(4.0, [1.0, 3.0], 8.0)
+    assert not fits(4.0, [1.0, 3.1], 8.0)
+
+
+def test_beside_a_job_at_work_one_waits_until_a_plan_says_what_is_needed(tmp_path: Path) -> None:
+    store, here = open_store(tmp_path), torch.device("cpu")
+    for name in ("ftjob-1", "ftjob-2"):
+        add_job(store, name, {"training_file": "file-x"}, "m", None)
+    assert has_room(store, [], here)
+    assert not has_room(store, ["ftjob-1"], here)
+    for gigabytes, room in ((1e-3, True), (1e6, False)):
+        arms = {"lora": {"predicted": {"peak_memory_bytes": gigabytes * 1e9}}}
+        store.run("ftjob-1").mkdir(parents=True, exist_ok=True)
+        (store.run("ftjob-1") / "plan.json").write_text(json.dumps({"arms": arms}))
+        assert has_room(store, ["ftjob-1"], here) == room
+    store.db.close()
 
 
 def test_openais_preference_rows_are_comparisons(tmp_path: Path) -> None:

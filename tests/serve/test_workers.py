@@ -1,4 +1,4 @@
-"""What is killed loses nothing: servers and workers that end without a word, a disk that is full, a server told to stop."""
+"""What is killed loses nothing: servers and workers that end without a word, a full disk, a server told to stop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 from openai import OpenAI
 
 import tunesmith.cli
-from tunesmith.serve.workers import worker_of
+from tunesmith.serve.locks import worker_of
 
 pytestmark = pytest.mark.slow
 SMALL: dict[str, Any] = {"forgetting": False, "shots": 0, "max_new_tokens": 4, "rank": 2, "test": 0.2}

@@ -159,21 +159,29 @@ def add_job(store: Store, job: str, asked: Mapping[str, Any], model: str, token:
 
     Raises Problem where the token came with another request.
     """
-    text = json.dumps(asked, ensure_ascii=False, sort_keys=True)
     with writing(store) as db:
-        if token is not None and (known := _one(db, "token", token)):
-            if json.dumps(known.asked, ensure_ascii=False, sort_keys=True) != text:
-                raise Problem(409, "this Idempotency-Key belongs to another request", code="idempotency_key_reused")
+        if known := known_job(store, asked, token):
             return known
         db.execute(
             "INSERT INTO job (id, asked, model, status, created, token) VALUES (?, ?, ?, 'validating_files', ?, ?)",
-            (job, text, model, seconds(), token),
+            (job, json.dumps(asked, ensure_ascii=False), model, seconds(), token),
         )
         _tell(db, job, "info", f"Created fine-tuning job: {job}")
         _tell(db, job, "info", "Validating training file: " + asked["training_file"])
         found = _one(db, "id", job)
     assert found
     return found
+
+
+def known_job(store: Store, asked: Mapping[str, Any], token: str | None) -> Job | None:
+    """The job that this token made. Raises Problem where it came with another request then."""
+    if token is None:
+        return None
+    with reading(store) as db:
+        known = _one(db, "token", token)
+    if known and known.asked != asked:
+        raise Problem(409, "this Idempotency-Key belongs to another request", code="idempotency_key_reused")
+    return known
 
 
 def find_job(store: Store, name: str) -> Job:

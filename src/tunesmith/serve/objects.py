@@ -98,7 +98,7 @@ def checkpoint_object(store: Store, job: Job) -> Mapping[str, Any]:
 
 def _settled(run: RunFolder, given: Mapping[str, Any]) -> Mapping[str, Any]:
     """Hyperparameters, with what the run derived in the place of `auto`."""
-    if not run.plan.is_file():
+    if not run.plan.is_file() or "compute_multiplier" in given:  # rollouts are planned in other words
         return given
     derived = {line["key"]: line["value"] for line in read_json(run.plan)["derived"]}
     found = {"n_epochs": derived.get("train.epochs"), "batch_size": derived.get("train.batch")}

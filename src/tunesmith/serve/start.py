@@ -12,7 +12,6 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import uvicorn
 
@@ -26,7 +25,7 @@ from .hall import Hall, opened
 from .listen import LOOPBACK, bound, is_loopback
 from .objects import PAGE_PATH
 from .problems import refused
-from .tuning import FILES, Desk, held, opened_desk, tuning_routers
+from .tuning import FILES, Desk, Shop, held, opened_desk, tuning_routers
 
 MOST_BODY_BYTES = 4 * 1024 * 1024
 DRAIN_SECONDS = 300
@@ -43,14 +42,6 @@ class Door:
     names: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shop:
-    """Where fine-tuning jobs are kept, and how many are worked on at once."""
-
-    folder: Path
-    at_once: int = 1
-
-
 def serve(
     models: Sequence[str], door: Door, limits: Limits, screen: Screen, *, update: str = "", shop: Shop | None = None
 ) -> None:
@@ -63,8 +54,7 @@ def serve(
         hall = opened(models, update, limits, world_from_env())
         desk = None
         if shop:
-            at_desk = opened_desk(shop.folder, hall, screen, at_once=shop.at_once, key=door.key)
-            desk = stack.enter_context(at_desk)
+            desk = stack.enter_context(opened_desk(shop, hall, screen, key=door.key))
         address = f"http://{door.host}:{server_socket.getsockname()[1]}"
         if shop:
             screen.line(f"fine-tuning jobs in {shop.folder}, {shop.at_once} at once: {address}/jobs")

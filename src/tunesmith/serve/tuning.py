@@ -42,6 +42,7 @@ from .files import (
     sweep,
     take_upload,
 )
+from .graders import GRADER_FILE, grader_file
 from .guard import content_policy
 from .hall import Hall
 from .jobs import (
@@ -50,6 +51,7 @@ from .jobs import (
     Store,
     add_job,
     find_job,
+    known_job,
     list_events,
     list_jobs,
     move,
@@ -58,9 +60,9 @@ from .jobs import (
     queue_again,
 )
 from .objects import PAGE_PATH, checkpoint_object, event_object, file_object, job_object, points, steps_of, tail
-from .orders import JobBody, order, recipe_of
+from .orders import JobBody, grader_of, order, recipe_of
 from .problems import Problem
-from .workers import Foreman
+from .workers import INVALID_FILE, Foreman
 
 PAGE = Path(__file__).parent / "static" / "jobs.html"
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
@@ -71,6 +73,15 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shop:
+    """Where jobs are kept, how many are worked on at once, and whether they may bring Python."""
+
+    folder: Path
+    at_once: int = 1
+    python_graders: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Desk:
     """What the routes work with. `key` is the server's own, for links that a browser may follow."""
 
@@ -78,13 +89,14 @@ class Desk:
     hall: Hall
     foreman: Foreman
     key: str = ""
+    python_graders: bool = False
     most_file_bytes: int = MOST_FILE_BYTES
 
 
 @contextmanager
-def opened_desk(folder: Path, hall: Hall, screen: Screen, *, at_once: int = 1, key: str = "") -> Iterator[Desk]:
-    """The desk over the jobs of `folder`, whose finished ones are served from now on. Raises FolderError."""
-    store = open_store(folder)
+def opened_desk(shop: Shop, hall: Hall, screen: Screen, *, key: str = "") -> Iterator[Desk]:
+    """The desk over a shop's jobs, whose finished ones are served from now on. Raises FolderError."""
+    store = open_store(shop.folder)
     with closing(store.db):
         sweep(store)
         for job in list_jobs(store, ("succeeded",)):
@@ -92,7 +104,8 @@ def opened_desk(folder: Path, hall: Hall, screen: Screen, *, at_once: int = 1, k
                 asyncio.run(hall.add(store.run(job.id), job.model))
             except TunesmithError as error:
                 screen.warn(f"{job.model} is not served: {error}")
-        yield Desk(store=store, hall=hall, foreman=Foreman(store, hall, at_once), key=key)
+        foreman = Foreman(store, hall, shop.at_once)
+        yield Desk(store=store, hall=hall, foreman=foreman, key=key, python_graders=shop.python_graders)
 
 
 @contextmanager
@@ -198,8 +211,9 @@ def _changes(desk: Desk) -> APIRouter:
     @router.post(JOBS + "/{job_id}/resume")
     async def resume(job_id: str) -> Mapping[str, Any]:
         job = find_job(store, job_id)
-        again = job.status in ("queued", "running") or queue_again(store, job_id)
-        if not again or (job.error and job.error["code"] == "invalid_file"):
+        if job.error and job.error["code"] == INVALID_FILE:
+            raise Problem(400, "the job's rows stay as they are; create another", param="fine_tuning_job_id")
+        if job.status not in ("queued", "running") and not queue_again(store, job_id):
             raise _unfit(store, job_id, ("paused", "failed"))
         desk.foreman.look()
         return job_object(store, desk.key, find_job(store, job_id))
@@ -231,6 +245,8 @@ def _pages(desk: Desk) -> APIRouter:
         return {
             "loss": points(lines, "loss"),
             "valid_loss": points(lines, "valid_loss"),
+            "reward": points(lines, "score"),
+            "valid_reward": points(lines, "reward"),
             "total_steps": steps_of(store, job.id),
             "log": tail(log),
         }
@@ -241,10 +257,12 @@ def _pages(desk: Desk) -> APIRouter:
 def _created(desk: Desk, body: JobBody, token: str | None) -> Job:
     """A job with its folder, recipe and own copy of its rows. Raises Problem, RecipeError or FolderError."""
     store, hall = desk.store, desk.hall
+    asked, name = order(body, python_graders=desk.python_graders), new_id("ftjob")
+    if known := known_job(store, asked, token):
+        return known
     if body.model != hall.base_name:
         what = f"this server fine-tunes {hall.base_name} and no other model"
         raise Problem(400, what, param="model", code="model_not_found")
-    asked, name = order(body), new_id("ftjob")
     folder = store.job(name)
     files = {part: _rows_file(store, asked, f"{part}_file") for part in ("training", "validation")}
     if files["validation"] and files["training"].sha256 == files["validation"].sha256:
@@ -252,13 +270,15 @@ def _created(desk: Desk, body: JobBody, token: str | None) -> Job:
     paths = {part: folder / part / f"{_word(file.name)}.jsonl" for part, file in files.items() if file}
     base = str(Path(hall.source).absolute()) if Path(hall.source).exists() else hall.source
     width = int(hall.model.head_weight.shape[1])
-    recipe = recipe_of(asked, base, width, paths["training"], paths.get("validation"), store.run(name))
     made = None
     try:
         with storage_errors(folder):
             for part, path in paths.items():
                 path.parent.mkdir(parents=True)
                 os.link(path_of(store, files[part].id), path)  # a deleted file stays with its jobs
+        if grader := grader_of(asked):
+            write_text(folder / GRADER_FILE, grader_file(grader))
+        recipe = recipe_of(asked, base, width, paths["training"], paths.get("validation"), store.run(name))
         text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
         write_text(folder / "recipe.yaml", text)
         suffix = asked["suffix"] or ""

@@ -39,14 +39,24 @@ from .jobs import (
     tell,
     tell_numbers,
 )
+from .locks import LOCK, end_worker, worker_of
 from .orders import check_rows
+from .room import has_room
 
 LOOK_SECONDS = 0.2
 RETRY_SECONDS = 1
 STOP_SECONDS = 60  # a worker that is told to stop ends its step and saves
 MOST_KILLS = 3
+INVALID_FILE = "invalid_file"
 COMMAND = (sys.executable, "-m", "tunesmith.cli", "run")
-NUMBERS = ("loss", "learning_rate", "tokens_per_second", "valid_loss", "valid_metric")
+NUMBERS = ("loss", "learning_rate", "tokens_per_second", "valid_loss", "valid_metric", "score", "kl", "reward")
+SAID = {
+    "loss": "training loss",
+    "score": "training reward",
+    "valid_loss": "validation loss",
+    "valid_metric": "validation metric",
+    "reward": "validation reward",
+}
 
 
 class Foreman:
@@ -56,6 +66,7 @@ class Foreman:
         self.store, self.hall, self.at_once = store, hall, at_once
         self._busy: dict[str, asyncio.Task[None]] = {}
         self._workers: dict[str, subprocess.Popen[bytes]] = {}
+        self._waiting: set[str] = set()
         self._wake = asyncio.Event()
         self._open = True
 
@@ -80,32 +91,42 @@ class Foreman:
     async def _work(self) -> None:
         for job in list_jobs(self.store, ("cancelled", "paused")):
             if (pid := worker_of(self.store.job(job.id))) is not None:
-                _end(pid)
+                end_worker(pid)
         while self._open:
             self._wake.clear()
             try:
-                self._begin_all()
+                waiting = self._begin_all()
             except sqlite3.Error:  # a full disk
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
-            await self._wake.wait()
+                waiting = True
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), RETRY_SECONDS if waiting else None)
         for name in self._workers:
             self.stop(name)
         if self._busy:
             await asyncio.wait(self._busy.values(), timeout=STOP_SECONDS)
 
-    def _begin_all(self) -> None:
-        """Begin what may begin: one validation, and as many runs as there are places; those begun before first."""
+    def _begin_all(self) -> bool:
+        """Begin what may begin: one validation, and as many runs as there are places; those begun before first.
+
+        Returns whether a job waits for memory alone.
+        """
         checked = [job for job in list_jobs(self.store, ("validating_files",)) if job.id not in self._busy]
         if checked and "validation" not in self._busy:
             self._begin("validation", checked[0])
         jobs = [*list_jobs(self.store, ("running",)), *list_jobs(self.store, ("queued",))]
         for job in jobs:
-            places = self.at_once - len(self._busy.keys() - {"validation"})
-            if job.id in self._busy or places <= 0:
+            at_work = sorted(self._busy.keys() - {"validation"})
+            if job.id in self._busy or len(at_work) >= self.at_once:
                 continue
+            alive = worker_of(self.store.job(job.id)) is not None  # an earlier server started it
+            if not alive and not has_room(self.store, at_work, self.hall.model.device):
+                if job.id not in self._waiting:
+                    self._waiting.add(job.id)
+                    tell(self.store, job.id, "Waiting for memory beside the jobs at work")
+                return True
             if job.status == "running" or move(self.store, job.id, ("queued",), "running", "Fine-tuning job started"):
                 self._begin(job.id, job)
+        return False
 
     def _begin(self, place: str, job: Job) -> None:
         async def carry_out() -> None:
@@ -126,13 +147,13 @@ class Foreman:
         self._busy[place] = asyncio.create_task(carry_out())
 
     async def _validate(self, job: Job) -> None:
-        folder, method = self.store.job(job.id), job.asked["method"]["type"]
+        folder = self.store.job(job.id)
         for part in ("training", "validation"):
             for path in (folder / part).glob("*"):
                 try:
-                    rows = await asyncio.to_thread(check_rows, path, method)
+                    rows = await asyncio.to_thread(check_rows, path, job.asked)
                 except TunesmithError as error:
-                    problem = {**explained(error, folder, param=f"{part}_file"), "code": "invalid_file"}
+                    problem = {**explained(error, folder, param=f"{part}_file"), "code": INVALID_FILE}
                     fail(self.store, job.id, ("validating_files",), problem)
                     return
                 tell(self.store, job.id, f"{rows} rows in the {part} file")
@@ -145,7 +166,7 @@ class Foreman:
         while self._open:
             while (pid := worker_of(folder)) is not None and self._open:  # one that an earlier server started
                 if find_job(self.store, name).status != "running":
-                    _end(pid)
+                    end_worker(pid)
                 await asyncio.to_thread(watch.look)
                 await asyncio.sleep(LOOK_SECONDS)
             if not self._open or find_job(self.store, name).status != "running":
@@ -228,11 +249,11 @@ def spoken(line: Mapping[str, Any], steps: int | None) -> tuple[str, str, Mappin
     """A line of metrics.jsonl as an event: its key, what it says, its numbers."""
     kind = "loss" if "loss" in line else "look"
     of = f"/{steps}" if steps else ""
-    names = {"loss": "training loss", "valid_loss": "validation loss", "valid_metric": "validation metric"}
-    said = ", ".join(f"{names[name]}={line[name]:.4f}" for name in names if isinstance(line.get(name), (int, float)))
+    said = ", ".join(f"{SAID[name]}={line[name]:.4f}" for name in SAID if isinstance(line.get(name), (int, float)))
     numbers = {name: line[name] for name in NUMBERS if name in line}
     data = {"step": line["step"], "total_steps": steps, **numbers}
-    renamed = {"train_loss" if key == "loss" else key: value for key, value in data.items()}
+    new = {"loss": "train_loss", "score": "train_reward", "reward": "valid_reward"}
+    renamed = {new.get(key, key): value for key, value in data.items()}
     return f"{line['arm']}:{line['step']}:{kind}", f"Step {line['step']}{of}: {said or 'evaluated'}", renamed
 
 
@@ -249,7 +270,7 @@ def losses(run: RunFolder) -> list[str]:
 def start_worker(folder: Path) -> subprocess.Popen[bytes]:
     """Start `tunesmith run` on the job of `folder`. Raises FolderError where another worker has it."""
     with storage_errors(folder):
-        lock = os.open(folder / ".worker", os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child inherits it, and only its end lets go of it
             os.ftruncate(lock, 0)
@@ -270,21 +291,6 @@ def start_worker(folder: Path) -> subprocess.Popen[bytes]:
     return worker
 
 
-def worker_of(folder: Path) -> int | None:
-    """The process that works on the job of `folder`; None where there is none, 0 where it has not said its id yet."""
-    try:
-        lock = os.open(folder / ".worker", os.O_RDWR)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        return int(os.pread(lock, 32, 0) or b"0")
-    finally:
-        os.close(lock)
-
-
 def problem_in(log: Path, begun: int, code: int) -> dict[str, Any]:
     """Why a worker ended, from its exit code and what it wrote since `begun`: an error of ours, or its last line."""
     with storage_errors(log), log.open("rb") as file:
@@ -303,10 +309,3 @@ def problem_in(log: Path, begun: int, code: int) -> dict[str, Any]:
 def explained_text(problem: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The problem, with files named as they are called inside `folder`."""
     return {**problem, "message": problem["message"].replace(f"{folder}/", "")}
-
-
-def _end(pid: int) -> None:
-    """SIGTERM to a worker whose lock is held, so that the id is still its own."""
-    if pid:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
