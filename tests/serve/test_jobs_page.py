@@ -91,9 +91,7 @@ def test_a_job_is_watched_paused_resumed_and_tried(
     assert [one for one in browser.complaints if "401" not in one] == []
 
 
-def test_why_a_job_failed_stands_on_the_page(
-    browser: Any, serve: Any, tiny_model_folder: Path, tmp_path: Path
-) -> None:
+def test_why_a_job_failed_stands_on_the_page(browser: Any, serve: Any, tiny_model_folder: Path, tmp_path: Path) -> None:
     server = serve(tiny_model_folder, jobs=tmp_path / "jobs")
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     bad = rows() + json.dumps({"messages": [{"role": "user", "content": HOSTILE}]}).encode()

@@ -17,7 +17,8 @@ from ..data.read import read
 from ..errors import DataError
 from ..evaluate.graders import GRADE, filled
 from ..evaluate.metrics import TEXT_METRICS
-from ..recipe import DataSpec, Method as Way, PolicySpec, Recipe, parse_recipe
+from ..recipe import DataSpec, PolicySpec, Recipe, parse_recipe
+from ..recipe import Method as Way
 from ..train.plan import usual_rate
 from ..types import Comparison
 from .bodies import Body, Name
