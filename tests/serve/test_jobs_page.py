@@ -86,7 +86,7 @@ def test_a_job_is_watched_paused_resumed_and_tried(
     # The report opens by its link, without the key.
     browser.open(server.url + browser.run("document.getElementById('report').getAttribute('href')"))
     browser.until("document.body.innerText.includes('Tunesmith')")
-    assert HOSTILE in browser.run("document.body.innerText")
+    assert HOSTILE in browser.run("document.body.textContent")
     assert browser.run("document.title") != "owned"
     assert [one for one in browser.complaints if "401" not in one] == []
 

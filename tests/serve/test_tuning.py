@@ -299,6 +299,7 @@ def test_a_dpo_job_is_paused_resumed_and_ends_in_a_model_that_answers(client: Op
     waiting = create(client, shop, upload(client))  # one at a time: it waits
     end, pause = time.monotonic() + 120, threading.Event()
     while not any("training loss" in message for message in messages(client, job.id)):
+        assert client.fine_tuning.jobs.retrieve(job.id).error is None
         assert time.monotonic() < end, messages(client, job.id)
         pause.wait(0.02)
     assert client.fine_tuning.jobs.pause(job.id).status == "paused"
