@@ -45,7 +45,7 @@ def test_a_job_is_watched_paused_resumed_and_tried(
         if attempt != KEY:
             browser.until("document.getElementById('status').innerText === 'This is not the key.'")
         browser.until(f"document.body.dataset.view === '{view}'")
-    browser.until("document.getElementById('list').innerText.includes('No job yet')")
+    browser.until("document.body.innerText.includes('No job yet')")
 
     client = OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
     method: Any = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 100, "batch_size": 4}}}
@@ -100,4 +100,5 @@ def test_why_a_job_failed_stands_on_the_page(browser: Any, serve: Any, tiny_mode
     browser.open(f"{server.url}/jobs")
     when(browser, "failed")
     assert "training/tickets.jsonl:41: the last message is from 'user'" in text(browser, "#error")
+    assert browser.run("document.querySelector('[data-do=resume]').hidden")
     assert browser.complaints == []

@@ -35,12 +35,16 @@ class Shop:
         self.base, self.folder, self.port = base, folder, 0
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self) -> OpenAI:
+    def start(self, *words: str) -> OpenAI:
         """Start it, on the port that it had before, and wait until it listens."""
         command = [sys.executable, "-m", "tunesmith.cli", "serve", str(self.base), "--jobs", str(self.folder)]
         env = {**os.environ, "PYTHONPATH": str(Path(tunesmith.cli.__file__).parents[1]), "TUNESMITH_KEY": KEY}
         self.process = subprocess.Popen(
-            [*command, "--port", str(self.port)], env=env, cwd=self.folder.parent, stderr=subprocess.PIPE, text=True
+            [*command, "--port", str(self.port), *words],
+            env=env,
+            cwd=self.folder.parent,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         said = []
         assert self.process.stderr
@@ -165,3 +169,52 @@ def test_a_job_ends_once_though_server_and_worker_are_killed_and_is_served_after
     for wrong in (link.partition("?")[0], link + "0", link.replace(first.id, second.id)):
         assert httpx.get(address + wrong).status_code == 401
     assert httpx.get(f"{address}/v1/files?{link.partition('?')[2]}").status_code == 401
+
+
+def test_jobs_at_once_are_each_done_once_though_the_server_is_killed(shop: Shop) -> None:
+    client = shop.start("--at-once", "2")
+    model = client.models.list().data[0].id
+    file = client.files.create(file=("rows.jsonl", rows()), purpose="fine-tune").id
+    own: Any = {"tunesmith": {**SMALL, "max_steps": STEPS}}
+    method: Any = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 200, "batch_size": 4}}}
+    names = [
+        client.fine_tuning.jobs.create(
+            model=model,
+            training_file=file,
+            method=method,
+            seed=seed,
+            extra_body=own,
+            extra_headers={"Idempotency-Key": f"job {seed}"},
+        ).id
+        for seed in range(3)
+    ]
+
+    def statuses() -> list[str]:
+        return [client.fine_tuning.jobs.retrieve(name).status for name in names]
+
+    until(lambda: statuses() == ["running", "running", "queued"])
+    until(lambda: all(worker_of(shop.folder / "jobs" / name) for name in names[:2]))
+    assert "Waiting for memory beside the jobs at work" in events(client, names[1])  # until the first had planned
+    shop.end(signal.SIGKILL)
+    client = shop.start("--at-once", "2")
+
+    # A client that never heard the answer asks again, and gets the job that there is.
+    again = client.fine_tuning.jobs.create(
+        model=model,
+        training_file=file,
+        method=method,
+        seed=2,
+        extra_body=own,
+        extra_headers={"Idempotency-Key": "job 2"},
+    )
+    assert again.id == names[2]
+    until(lambda: statuses() == ["succeeded"] * 3)
+    assert [one.id for one in client.fine_tuning.jobs.list()] == names[::-1]
+    for name in names:
+        said = events(client, name)
+        steps = [line.split(":")[0] for line in said if "training loss" in line]
+        assert steps == [f"Step {n}/{STEPS}" for n in range(1, STEPS + 1)]
+        assert [said.count(line) for line in ("Fine-tuning job started", "The job has successfully completed")] == [
+            1,
+            1,
+        ]

@@ -266,7 +266,8 @@ def list_events(store: Store, name: str) -> list[Event]:
 
 def explained(error: TunesmithError, folder: Path, *, param: str | None = None) -> dict[str, Any]:
     """An error of ours as a job's `error`; files are named as they are called inside `folder`."""
-    return {"code": _code(error), "message": str(error).replace(f"{folder}/", "").replace("\n", " "), "param": param}
+    said = ". ".join(line.rstrip(".") for line in str(error).replace(f"{folder}/", "").splitlines())
+    return {"code": _code(error), "message": f"{said}.", "param": param}
 
 
 _COLUMNS = "number, id, asked, model, status, created, finished, error, kills, tokens, result, token"

@@ -60,6 +60,7 @@ def job_object(store: Store, key: str, job: Job) -> Mapping[str, Any]:
         "integrations": [],
         "metadata": asked["metadata"],
         "method": asked["method"],
+        "user_provided_suffix": asked["suffix"],
         "tunesmith": {"verdict": verdict, "run": str(run.path), "report": link},
     }
 
