@@ -218,3 +218,26 @@ def test_jobs_at_once_are_each_done_once_though_the_server_is_killed(shop: Shop)
             1,
             1,
         ]
+
+
+def test_a_job_whose_disk_is_full_says_so_and_goes_on_when_there_is_space(shop: Shop) -> None:
+    client = shop.start()
+    file = client.files.create(file=("rows.jsonl", rows()), purpose="fine-tune").id
+    own: Any = {"tunesmith": {**SMALL, "max_steps": STEPS}}
+    method: Any = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 200, "batch_size": 4}}}
+    job = client.fine_tuning.jobs.create(
+        model=client.models.list().data[0].id, training_file=file, method=method, extra_body=own
+    )
+    folder = shop.folder / "jobs" / job.id
+    until(lambda: steps_written(folder) > 3)
+    worker = worker_of(folder)
+    assert worker
+    resource.prlimit(worker, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "failed")
+    error = client.fine_tuning.jobs.retrieve(job.id).error
+    assert error
+    assert (error.code, "the disk is full" in error.message) == ("run_failed", True)
+    assert client.fine_tuning.jobs.resume(job.id).error is None
+    until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded")
+    steps = [line.split(":")[0] for line in events(client, job.id) if "training loss" in line]
+    assert steps == [f"Step {n}/{STEPS}" for n in range(1, STEPS + 1)]
