@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..folder import RunFolder, read_json, read_jsonl, storage_errors
+from ..recipe import PreferenceSpec
 from .files import File
 from .guard import ticket
 from .jobs import Event, Job, Store
@@ -103,6 +104,7 @@ def _settled(run: RunFolder, given: Mapping[str, Any]) -> Mapping[str, Any]:
         return given
     derived = {line["key"]: line["value"] for line in read_json(run.plan)["derived"]}
     found = {"n_epochs": derived.get("train.epochs"), "batch_size": derived.get("train.batch")}
+    found |= {"learning_rate_multiplier": 1.0, "beta": PreferenceSpec().beta}
     return {key: found.get(key) or value if value == "auto" else value for key, value in given.items()}
 
 
