@@ -52,7 +52,7 @@ def main() -> None:
         moments = []
         while len(moments) < args.kills:
             process = subprocess.Popen([*command, "--set", f"out={folder}/killed"])
-            moment = chance.uniform(0.15, 0.4) * whole_seconds
+            moment = chance.uniform(0.12, 0.28) * whole_seconds
             try:
                 process.wait(moment)
                 break

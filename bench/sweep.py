@@ -1,7 +1,7 @@
 """The learning-rate sweep behind the derived values: validation loss and general loss by update and rate.
 
 python bench/sweep.py legal_citations 320
-python bench/sweep.py icd10cm_chapters 640
+python bench/sweep.py icd10cm_chapters 640 lora 3e-4 6e-4
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ VALID_ROWS, BATCH = 48, 8
 def main() -> None:
     """Train each (update, rate) from the same base on the same rows and print validation losses."""
     task, rows = sys.argv[1], int(sys.argv[2])
+    tried = {sys.argv[3]: [float(rate) for rate in sys.argv[4:]]} if sys.argv[3:] else RATES
     spec = DataSpec(train=f"builtin:{task}", rows=rows + 400, valid=0.2, test=0.0)
     kept, _ = curate(split(read(spec.train, spec), spec), spec)
-    for update, rates in RATES.items():
+    for update, rates in tried.items():
         for rate in rates:
             model = load("smollm2-135m-instruct", World())
             train = [e for row in kept.train[:rows] for e in render(row, model.tokenizer, model.eos_ids)]
