@@ -264,10 +264,11 @@ def _created(desk: Desk, body: JobBody, token: str | None) -> Job:
         what = f"this server fine-tunes {hall.base_name} and no other model"
         raise Problem(400, what, param="model", code="model_not_found")
     folder = store.job(name)
-    files = {part: _rows_file(store, asked, f"{part}_file") for part in ("training", "validation")}
-    if files["validation"] and files["training"].sha256 == files["validation"].sha256:
+    named = {part: asked[f"{part}_file"] for part in ("training", "validation")}
+    files = {part: _rows_file(store, file, f"{part}_file") for part, file in named.items() if file}
+    if len({file.sha256 for file in files.values()}) < len(files):
         raise Problem(400, "the validation file holds the same rows as the training file", param="validation_file")
-    paths = {part: folder / part / f"{_word(file.name)}.jsonl" for part, file in files.items() if file}
+    paths = {part: folder / part / f"{_word(file.name)}.jsonl" for part, file in files.items()}
     base = str(Path(hall.source).absolute()) if Path(hall.source).exists() else hall.source
     width = int(hall.model.head_weight.shape[1])
     made = None
@@ -289,10 +290,8 @@ def _created(desk: Desk, body: JobBody, token: str | None) -> Job:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _rows_file(store: Store, asked: Mapping[str, Any], param: str) -> File | None:
-    if asked[param] is None:
-        return None
-    file = find_file(store, asked[param], param)
+def _rows_file(store: Store, name: str, param: str) -> File:
+    file = find_file(store, name, param)
     if file.purpose != PURPOSE:
         raise Problem(400, f"{param}: the file's purpose is {file.purpose}", param=param)
     return file
