@@ -39,8 +39,8 @@ def fits(need: float, growing: Iterable[float], free: float) -> bool:
 def _planned_bytes(store: Store, job: str) -> float:
     """The peak that a job's run predicts, 0 where it has not yet."""
     with suppress(TunesmithError):
-        arms = read_json(RunFolder(path=store.run(job)).plan)["arms"].values()
-        return max((float(arm["predicted"]["peak_memory_bytes"]) for arm in arms), default=0.0)
+        arms = read_json(RunFolder(path=store.run(job)).plan).get("arms", {}).values()
+        return max((float(arm["predicted"]["peak_memory_bytes"]) for arm in arms if "predicted" in arm), default=0.0)
     return 0.0
 
 

@@ -96,7 +96,7 @@ class Foreman:
             self._wake.clear()
             try:
                 waiting = self._begin_all()
-            except sqlite3.Error:  # a full disk
+            except (sqlite3.Error, TunesmithError, OSError):  # a full disk: looked at again
                 waiting = True
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), RETRY_SECONDS if waiting else None)
@@ -114,12 +114,12 @@ class Foreman:
         if checked and "validation" not in self._busy:
             self._begin("validation", checked[0])
         jobs = [*list_jobs(self.store, ("running",)), *list_jobs(self.store, ("queued",))]
-        for job in jobs:
+        alive = {job.id for job in jobs if worker_of(self.store.job(job.id)) is not None}  # started by whatever server
+        for job in sorted(jobs, key=lambda one: one.id not in alive):
             at_work = sorted(self._busy.keys() - {"validation"})
             if job.id in self._busy or len(at_work) >= self.at_once:
                 continue
-            alive = worker_of(self.store.job(job.id)) is not None  # an earlier server started it
-            if not alive and not has_room(self.store, at_work, self.hall.model.device):
+            if job.id not in alive and not has_room(self.store, at_work, self.hall.model.device):
                 if job.id not in self._waiting:
                     self._waiting.add(job.id)
                     tell(self.store, job.id, "Waiting for memory beside the jobs at work")
