@@ -114,6 +114,9 @@ class TrainSpec(Spec):
     evaluations: int = Field(default=4, ge=1, description="how often to look at the validation rows")
     patience: int = Field(default=3, ge=1, description="stop after this many evaluations without improvement")
     max_steps: int | None = Field(default=None, gt=0, description="stop after this many optimizer steps")
+    rehearse: float = Field(
+        default=1.0, ge=0, description="sft: weight of repeating what the base writes by itself, against forgetting; 0: off"
+    )
     seed: int = 0
 
 

@@ -47,7 +47,7 @@ class Aligning:
     how: Optimization
     reference: Reference
     prediction: Callable[[], Prediction]
-    sizes: Sequence[int]
+    sizes: Sequence[float]
     beside: Callable[[], Mapping[str, float]] = dict
     enough: Callable[[], str] = str
     watch: Callable[[], dict[str, float]] = dict

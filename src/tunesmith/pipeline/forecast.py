@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..errors import RecipeError
 from ..evaluate.metrics import is_binary
 from ..evaluate.stats import smallest_difference
+from ..methods.rehearsal import Rehearsal, own_texts
 from ..methods.sft import CrossEntropy
 from ..model.load import Vocabulary, load, load_vocabulary
 from ..recipe import Recipe
@@ -19,6 +20,8 @@ from .pairs import prepare_pairs
 from .prepare import prepare
 from .prompts import prepare_prompts
 from .tune import attach, steps_of
+
+TIMED_TEXTS = 8
 
 
 def trained_rows(
@@ -51,10 +54,12 @@ def forecast(recipe: Recipe, world: World, screen: Screen) -> None:
         screen.stage("Training", update)
         model = load(recipe.base, world)
         settings = derive(recipe, update, model, data.train)
+        strength = recipe.train.rehearse
+        texts = own_texts(model, TIMED_TEXTS, recipe.train.seed) if strength else []
         attach(recipe, update, model, settings)
-        source = steps_of(recipe, settings, data.train, model, world)
-        sizes = [len(example.tokens) for example in data.train]
-        cost = predict(model, source, CrossEntropy(), update, sizes, settings.batch)
+        rehearsal = Rehearsal(texts=texts, strength=strength)
+        source = steps_of(recipe, settings, data.train, rehearsal, model, world)
+        cost = predict(model, source, CrossEntropy(), update, source.row_tokens(), settings.batch)
         screen.derived(settings.derived)
         memory = f"{cost.peak_memory_bytes / 1e9:.1f} GB at the peak"
         screen.line(f"{source.steps} steps: about {cost.seconds:.0f} s, {memory}, {cost.flops:.2g} FLOPs")

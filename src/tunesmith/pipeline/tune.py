@@ -11,7 +11,8 @@ import numpy as np
 
 from ..evaluate.measure import example_losses, measure
 from ..evaluate.systems import Prompting
-from ..folder import RunFolder, read_json, write_json
+from ..folder import RunFolder, read_json, read_jsonl, write_json, write_jsonl
+from ..methods.rehearsal import BASE, TEXTS, Rehearsal, own_texts
 from ..methods.sft import CrossEntropy, SftSteps
 from ..model.adapters import load_adapter, save_adapter, save_model
 from ..model.load import Model, load
@@ -66,9 +67,10 @@ def tune(
         return _finished(recipe, update, target, read_json(record), world)
     model = load(recipe.base, world)
     settings = derive(recipe, update, model, material.train)
+    rehearsal = rehearsed(recipe, model, folder, world, screen)
     shape = attach(recipe, update, model, settings)
-    source = steps_of(recipe, settings, material.train, model, world)
-    sizes = [len(example.tokens) for example in material.train]
+    source = steps_of(recipe, settings, material.train, rehearsal, model, world)
+    sizes = source.row_tokens()
     prediction = planned(folder, update, update, settings, source, CrossEntropy(), model, sizes, screen, world)
     reset_peak_memory()
     outcome = _train(recipe, update, model, settings, source, material, folder, world, screen)
@@ -92,10 +94,46 @@ def attach(recipe: Recipe, update: Update, model: Model, settings: Settings) -> 
     return shape
 
 
-def steps_of(recipe: Recipe, settings: Settings, examples: Sequence[Example], model: Model, world: World) -> SftSteps:
+def rehearsed(recipe: Recipe, base: Model, folder: RunFolder, world: World, screen: Screen) -> Rehearsal:
+    """Texts of the base's own, written once for all updates into rehearsal.jsonl."""
+    strength, path = recipe.train.rehearse, folder.path / "rehearsal.jsonl"
+    if not strength:
+        return Rehearsal()
+    if world.leads and not path.is_file():
+        with screen.progress("texts of the base's own, to rehearse", TEXTS) as tick:
+            texts = own_texts(base, TEXTS, recipe.train.seed, tick)
+        write_jsonl(path, [_written(text, base) for text in texts])
+    world.barrier()
+    return Rehearsal(texts=[_read(line) for line in read_jsonl(path)], strength=strength)
+
+
+def _written(text: Example, base: Model) -> dict[str, Any]:
+    log_probs = [float(value) for value in text.extra[BASE]]
+    words = base.tokenizer.decode(text.tokens)
+    return {"id": text.id, "text": words, "tokens": text.tokens.tolist(), "log_probs": log_probs}
+
+
+def _read(line: Mapping[str, Any]) -> Example:
+    return Example(
+        tokens=np.array(line["tokens"], dtype=np.int64),
+        weights=np.array([0.0] + [1.0] * (len(line["tokens"]) - 1), dtype=np.float32),
+        id=line["id"],
+        extra={BASE: np.array(line["log_probs"], dtype=np.float32)},
+    )
+
+
+def steps_of(
+    recipe: Recipe,
+    settings: Settings,
+    examples: Sequence[Example],
+    rehearsal: Rehearsal,
+    model: Model,
+    world: World,
+) -> SftSteps:
     """The run's batches, step by step."""
     return SftSteps(
         examples,
+        rehearsal=rehearsal,
         batch=settings.batch,
         epochs=settings.epochs,
         budget_tokens=settings.microbatch_tokens,
@@ -114,7 +152,7 @@ def planned(
     source: StepSource,
     loss: Loss,
     model: Model,
-    sizes: Sequence[int],
+    sizes: Sequence[float],
     screen: Screen,
     world: World,
 ) -> Prediction:
@@ -144,7 +182,7 @@ def account(
     model: Model,
     settings: Settings,
     outcome: Outcome,
-    sizes: Sequence[int],
+    sizes: Sequence[float],
     prediction: Prediction,
     world: World,
 ) -> dict[str, Any]:

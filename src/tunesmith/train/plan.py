@@ -157,7 +157,7 @@ def _rate(recipe: Recipe, update: Update, model: Model, settle: _Settling) -> fl
 
 
 def predict(
-    model: Model, source: StepSource, loss: Loss, update: Update, sizes: Sequence[int], batch: int
+    model: Model, source: StepSource, loss: Loss, update: Update, sizes: Sequence[float], batch: int
 ) -> Prediction:
     """Time forward and backward passes of a few steps, weights untouched; memory from the heaviest of them.
 
@@ -182,7 +182,7 @@ def predict(
     trained = sum(parameter.numel() for parameter in parameters.values())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
     moving, fixed = HEAP_SLACK * (peak - resting - weights), float(resting + 3 * weights)
-    _refuse_too_big(moving, fixed, heaviest, max(sizes), model.device)
+    _refuse_too_big(moving, fixed, heaviest, math.ceil(max(sizes)), model.device)
     tokens_per_step = sum(len(b.tokens) for step in steps for b in step) / len(steps)
     optimizer_seconds = 28 * trained / 15e9
     seconds = source.steps * (float(np.median(rates)) * tokens_per_step + optimizer_seconds)
@@ -216,7 +216,7 @@ def _refuse_too_big(moving: float, fixed: float, heaviest: Batch, longest: int, 
     )
 
 
-def flops(model: Model, update: Update, sizes: Sequence[int], examples: float) -> float:
+def flops(model: Model, update: Update, sizes: Sequence[float], examples: float) -> float:
     """Useful training FLOPs per weight and token: 6 for full tuning, 4 for LoRA (frozen weights get no gradient)."""
     tokens = float(np.mean(sizes)) * examples
     return (6 if update == "full" else 4) * model.product_parameters * tokens
