@@ -115,7 +115,7 @@ class TrainSpec(Spec):
     patience: int = Field(default=3, ge=1, description="stop after this many evaluations without improvement")
     max_steps: int | None = Field(default=None, gt=0, description="stop after this many optimizer steps")
     rehearse: float = Field(
-        default=1.0, ge=0, description="sft: weight of repeating what the base writes by itself, against forgetting; 0: off"
+        default=1.0, ge=0, description="sft: weight of repeating what the base writes by itself, against forgetting"
     )
     seed: int = 0
 
