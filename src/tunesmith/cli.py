@@ -232,15 +232,22 @@ def serve(
     batch: Annotated[int, typer.Option(min=1, max=256, help="Answers drawn side by side.")] = 16,
     queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; more are refused with 429.")] = 256,
     context: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and answer.")] = 4096,
+    jobs: Annotated[Path | None, typer.Option(help="Take fine-tuning jobs, and keep them in this folder.")] = None,
+    at_once: Annotated[int, typer.Option(min=1, max=64, help="Jobs worked on at a time, where memory allows.")] = 1,
+    python_graders: Annotated[
+        bool, typer.Option(help="Run Python that jobs bring, with this server's rights.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Answer over HTTP as OpenAI's API does: one base in memory, each run's adapter by its folder's name."""
     from .serve import start
     from .serve.engine import Limits
+    from .serve.tuning import Shop
 
     door = start.Door(host=host, port=port, key=key, names=tuple(name or ()))
     limits = Limits(rows=batch, waiting=queue, context_tokens=context)
-    start.serve(model, door, limits, Screen(), update=update)
+    shop = Shop(folder=jobs.absolute(), at_once=at_once, python_graders=python_graders) if jobs else None
+    start.serve(model, door, limits, Screen(), update=update, shop=shop)
 
 
 @app.command()

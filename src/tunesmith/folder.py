@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from .errors import FolderError
 
 MANIFEST = "manifest.json"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -307,7 +307,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         if number is None and isinstance(error, SafetensorError):
             raise
         reason = os.strerror(number) if number else str(error)
-        if number in _FULL:
+        if number in FULL:
             fix = "Free some space and run again; a run goes on from its last checkpoint."
             raise FolderError(f"the disk is full ({reason})", where=str(path), fix=fix) from error
         if number in _REFUSED:

@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import RecipeError
 
-Layout = Literal["auto", "prompt_completion", "messages", "instruction", "text", "preference", "prompt"]
+Layout = Literal[
+    "auto", "prompt_completion", "messages", "instruction", "text", "preference", "openai_preference", "prompt"
+]
 Method = Literal["sft", "reward", "dpo", "ppo", "grpo"]
 Update = Literal["lora", "full"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]

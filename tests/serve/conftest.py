@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -271,17 +271,34 @@ Serve = Callable[..., Serving]
 
 @contextmanager
 def _served(stack: ExitStack) -> Iterator[Serve]:
+    from tunesmith.screen import Screen
     from tunesmith.serve.engine import Limits
     from tunesmith.serve.hall import opened
     from tunesmith.serve.listen import bound
     from tunesmith.serve.start import Door, gate_for, http_server
+    from tunesmith.serve.tuning import Shop, held, opened_desk
     from tunesmith.world import World
 
-    def serve(*models: Path, key: str = "", host: str = "127.0.0.1", **limits: int) -> Serving:
+    def serve(
+        *models: Path,
+        key: str = "",
+        host: str = "127.0.0.1",
+        jobs: Path | None = None,
+        python_graders: bool = False,
+        most_file_bytes: int = 10_000_000,
+        **limits: int,
+    ) -> Serving:
         hall = opened([str(model) for model in models], "", Limits(**limits), World())
         stack.callback(hall.engine.close)
         server_socket = stack.enter_context(closing(bound("127.0.0.1", 0)))
-        server = http_server(hall, gate_for(Door(host=host, key=key)))
+        desk = None
+        if jobs:
+            stack.enter_context(held(jobs))
+            desk = stack.enter_context(
+                opened_desk(Shop(folder=jobs, python_graders=python_graders), hall, Screen(quiet=True), key=key)
+            )
+            desk = replace(desk, most_file_bytes=most_file_bytes)
+        server = http_server(hall, gate_for(Door(host=host, key=key), tuning=jobs is not None), desk)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [server_socket]})
         thread.start()
         stack.callback(thread.join)
@@ -304,3 +321,15 @@ def serving(runs: Runs) -> Iterator[Serving]:
     """Both runs and their base behind one server."""
     with _served(ExitStack()) as start:
         yield start(runs.a, runs.b, context_tokens=256)
+
+
+@pytest.fixture(scope="session")
+def shop(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A server that takes fine-tuning jobs, with room for files of 100,000 bytes."""
+    with _served(ExitStack()) as start:
+        yield start(
+            tiny_model_folder,
+            jobs=tmp_path_factory.mktemp("shop") / "jobs",
+            most_file_bytes=100_000,
+            python_graders=True,
+        )

@@ -42,6 +42,9 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
+    "asked": ("input",),
+    "preferred_output": ("preferred_output",),
+    "non_preferred_output": ("non_preferred_output",),
     "system": ("system",),
     "tools": ("tools",),
     "rater": ("rater",),
@@ -49,6 +52,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 
 REQUIRED: dict[str, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"),
+    "openai_preference": ("asked", "preferred_output", "non_preferred_output"),
     "messages": ("messages",),
     "instruction": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
@@ -57,6 +61,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "preference": ("prompt", "system", "rater"),
+    "openai_preference": (),
     "messages": ("system", "tools"),
     "instruction": ("input", "system"),
     "prompt_completion": ("system", "tools"),
@@ -69,8 +74,8 @@ LABELS = ("label", "category", "class", "intent")
 
 ACCEPTED = (
     "Accepted columns: prompt + completion; question + answer; messages; instruction (+ input) + output; text; "
-    "prompt + chosen + rejected; prompt alone. Or map yours in the recipe, e.g. data.columns: {prompt: ticket, "
-    "completion: reply}."
+    "prompt + chosen + rejected; input + preferred_output + non_preferred_output; prompt alone. Or map yours in the "
+    "recipe, e.g. data.columns: {prompt: ticket, completion: reply}."
 )
 
 
@@ -146,7 +151,9 @@ def to_row(fields: Fields, columns: Columns, where: str) -> Row:
     if columns.alone and extra:
         fix = "Give every row an answer, or write data.layout: prompt."
         raise DataError(f"the first row has a prompt alone, this one {_listed(list(fields))}", where=where, fix=fix)
-    if columns.layout == "preference":
+    if columns.layout == "openai_preference":
+        ours = _of_openai(ours, where)
+    if columns.layout.endswith("preference"):
         return _comparison(ours, extra, where)
     if columns.layout == "text":
         text = _text(ours["text"], columns.names["text"], where)
@@ -218,6 +225,17 @@ def _turns(ours: Fields, columns: Columns, where: str) -> tuple[Message, ...]:
     if columns.layout == "prompt":
         return (*prompt, Message(role="assistant", content=""))
     return (*prompt, _answer(ours["completion"], columns.names["completion"], where))
+
+
+def _of_openai(ours: Fields, where: str) -> Fields:
+    """OpenAI's preference row in our names. Raises DataError for tools, which comparisons do not hold."""
+    asked = ours["asked"]
+    if not isinstance(asked, dict) or "messages" not in asked:
+        fix = 'Write "input": {"messages": [...]}.'
+        raise DataError(f"'input' is {_kind(asked)} without messages", where=where, fix=fix)
+    if asked.get("tools"):
+        raise DataError("'input' has tools, which choices are not trained with", where=where, fix="Remove the row.")
+    return {"prompt": asked["messages"], "chosen": ours["preferred_output"], "rejected": ours["non_preferred_output"]}
 
 
 def _comparison(ours: Fields, extra: Fields, where: str) -> Comparison:

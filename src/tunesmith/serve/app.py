@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.types import Lifespan
 
 from .. import __version__
 from .asking import Question, answered, busy, chat_question, completion_question, find_served
@@ -40,10 +41,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def server_app(hall: Hall, gate: Gate, *, more: Sequence[APIRouter] = ()) -> FastAPI:
-    """The application. `more` are routers served behind the same gate."""
+def server_app(
+    hall: Hall, gate: Gate, *, more: Sequence[APIRouter] = (), lifespan: Lifespan[FastAPI] | None = None
+) -> FastAPI:
+    """The application. `more` are routers served behind the same gate, `lifespan` what goes on beside them."""
     meter = Meter(hall.engine)
-    app = FastAPI(title="Tunesmith", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Tunesmith", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(guarded, gate=gate)
     app.add_middleware(metered, meter=meter)
     say_problems(app)

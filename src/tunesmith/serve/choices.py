@@ -19,12 +19,13 @@ from ..data.layout import content_id
 from ..errors import DataError, FolderError
 from ..folder import storage_errors
 from ..types import Message
+from .sqlite import connect, sqlite_errors, transaction
 
 Side = Literal["a", "b"]
 Pick = Literal["left", "right", "tie", "both_bad", "skip"]
 FILE_NAME = "choices.sqlite"
 SCHEMA_VERSION = 1
-WAIT_SECONDS = 10.0  # for another process to finish its transaction
+LOST = "Check the disk's space and permissions and run again; what was confirmed to raters is in the file."
 
 _SCHEMA = """
 CREATE TABLE pair (
@@ -119,23 +120,13 @@ def opened(folder: Path, *, create: bool = False) -> Iterator[sqlite3.Connection
         raise FolderError("no pairs have been labelled here", where=str(folder), fix=fix)
     with storage_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
-    with sqlite_errors(path), closing(_connect(path)) as store:
+    with sqlite_errors(path, LOST), closing(connect(path, _SCHEMA, SCHEMA_VERSION)) as store:
         yield store
-
-
-@contextmanager
-def sqlite_errors(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors into a FolderError that says what to do."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        fix = "Check the disk's space and permissions and run again; what was confirmed to raters is in the file."
-        raise FolderError(f"cannot be read or written ({error})", where=str(path), fix=fix) from error
 
 
 def add_pairs(store: sqlite3.Connection, pairs: Iterable[Pair]) -> int:
     """Add pairs in one transaction and return how many were new; a pair that is there stays as it is."""
-    with _transaction(store):
+    with transaction(store):
         return sum(_add_pair(store, pair) for pair in pairs)
 
 
@@ -160,7 +151,7 @@ def add_choice(store: sqlite3.Connection, choice: Choice) -> bool:
 
     Raises ConflictError if its id belongs to another choice, or if the rater has a standing choice on this showing.
     """
-    with _transaction(store):
+    with transaction(store):
         known = store.execute("SELECT rater, pair, repeat, pick FROM choice WHERE id = ?", (choice.id,)).fetchone()
         if known:
             if known != (choice.rater, choice.pair, int(choice.repeat), choice.pick):
@@ -182,7 +173,7 @@ def undo_choice(store: sqlite3.Connection, rater: str, name: str) -> bool:
 
     Raises ConflictError if `name` is not the rater's, or is not the last one that stands.
     """
-    with _transaction(store):
+    with transaction(store):
         row = store.execute("SELECT undone FROM choice WHERE id = ? AND rater = ?", (name, rater)).fetchone()
         if row is None:
             raise ConflictError("you made no such choice", fix="Reload the page.")
@@ -228,7 +219,7 @@ def add_drawn(store: sqlite3.Connection, side: Side, answers: Mapping[str, tuple
     Returns how many pairs were new.
     """
     rows = [(prompt, side, text, int(cut)) for prompt, (text, cut) in answers.items()]
-    with _transaction(store):
+    with transaction(store):
         store.executemany("INSERT OR IGNORE INTO drawn (prompt, side, text, cut) VALUES (?, ?, ?, ?)", rows)
         return sum(_add_pair(store, pair) for pair in pairs)
 
@@ -247,7 +238,7 @@ def count_equal(store: sqlite3.Connection) -> int:
 
 def keep_note(store: sqlite3.Connection, key: str, value: str) -> str:
     """Write a setting down the first time; return what is written down."""
-    with _transaction(store):
+    with transaction(store):
         store.execute("INSERT OR IGNORE INTO note (key, value) VALUES (?, ?)", (key, value))
         return store.execute("SELECT value FROM note WHERE key = ?", (key,)).fetchone()[0]
 
@@ -255,40 +246,6 @@ def keep_note(store: sqlite3.Connection, key: str, value: str) -> str:
 def now() -> str:
     """The time in UTC, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    # Whoever holds the connection uses it from one thread at a time, which need not be the one that opened it.
-    store = sqlite3.connect(path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
-    try:
-        store.execute("PRAGMA journal_mode = WAL")
-        store.execute("PRAGMA synchronous = FULL")
-        store.execute("PRAGMA foreign_keys = ON")
-        with _transaction(store):
-            version = store.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                for statement in _SCHEMA.split(";\n"):
-                    store.execute(statement)
-                store.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        if version not in (0, SCHEMA_VERSION):
-            fix = "Use that version of Tunesmith, or another --out."
-            raise FolderError(f"was made by another version of Tunesmith ({version})", where=str(path), fix=fix)
-    except BaseException:
-        store.close()
-        raise
-    return store
-
-
-@contextmanager
-def _transaction(store: sqlite3.Connection) -> Iterator[None]:
-    """All or nothing, with no other writer in between."""
-    store.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        store.execute("ROLLBACK")
-        raise
-    store.execute("COMMIT")
 
 
 def _add_pair(store: sqlite3.Connection, pair: Pair) -> int:

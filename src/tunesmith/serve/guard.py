@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MOST_BODY_BYTES = 16 * 1024
 READING = ("GET", "HEAD")
+JSON, FORM = "application/json", "multipart/form-data"
 
 
 def plain_body(status: int, problem: str) -> dict[str, object]:
@@ -39,12 +40,13 @@ class Gate:
     any_address: bool = False
     key: str = ""
     public: frozenset[str] = frozenset()
+    uploads: frozenset[str] = frozenset()
     most_body_bytes: int = MOST_BODY_BYTES
     body: Callable[[int, str], dict[str, object]] = plain_body
 
 
 def guarded(app: ASGIApp, gate: Gate) -> ASGIApp:
-    """`app` behind a Gate; every answer carries its Content-Security-Policy."""
+    """`app` behind a Gate; every answer carries its Content-Security-Policy, unless the route gave one."""
     headers = {
         "content-security-policy": gate.policy,
         "x-content-type-options": "nosniff",
@@ -61,10 +63,16 @@ def guarded(app: ASGIApp, gate: Gate) -> ASGIApp:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(headers)
+                given = MutableHeaders(scope=message)
+                for name, value in headers.items():
+                    given.setdefault(name, value)
             await send(message)
 
-        status, problem = refusal(scope["method"], scope["path"], Headers(scope=scope), gate)
+        path, sent = scope["path"], Headers(scope=scope)
+        status, problem = refusal(scope["method"], path, sent, gate, scope["query_string"])
+        if not problem and path in gate.uploads and _kind(sent) == FORM:
+            await app(scope, receive, send_with_headers)
+            return
         body = b"" if problem or scope["method"] in READING else await _small_body(receive, gate.most_body_bytes)
         if body is None:
             status, problem = 413, f"the body is larger than {gate.most_body_bytes} bytes"
@@ -77,7 +85,12 @@ def guarded(app: ASGIApp, gate: Gate) -> ASGIApp:
     return guard
 
 
-def refusal(method: str, path: str, headers: Headers, gate: Gate) -> tuple[int, str]:
+def ticket(key: str, path: str) -> str:
+    """What a link to `path` bears, as `?ticket=`, so that a browser may read it without the key."""
+    return hmac.new(key.encode("utf-8"), path.encode("utf-8"), hashlib.sha256).hexdigest()[:32] if key else ""
+
+
+def refusal(method: str, path: str, headers: Headers, gate: Gate, query: bytes = b"") -> tuple[int, str]:
     """The status and the reason for refusing a request by its headers; (200, "") for one that may pass."""
     hosts, origins = headers.getlist("host"), headers.getlist("origin")
     if len(hosts) != 1 or not _is_known(hosts[0], gate):
@@ -89,9 +102,12 @@ def refusal(method: str, path: str, headers: Headers, gate: Gate) -> tuple[int, 
         return 403, "only the page of this server may call it"
     if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and method not in READING:
         return 403, "only the page of this server may call it"
-    if gate.key and path not in gate.public and not _knows(headers.getlist("authorization"), gate.key):
+    ticketed = method in READING and hmac.compare_digest(query, b"ticket=" + ticket(gate.key, path).encode("ascii"))
+    if gate.key and path not in gate.public and not ticketed and not _knows(headers.getlist("authorization"), gate.key):
         return 401, "this server needs its key, as Authorization: Bearer KEY"
-    if method not in READING and headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+    wanted = {JSON, FORM} if path in gate.uploads else {JSON}
+    empty = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+    if method not in READING and not empty and _kind(headers) not in wanted:
         return 415, "send JSON, with content-type application/json"
     return 200, ""
 
@@ -105,6 +121,10 @@ def content_policy(page: str) -> str:
         f"default-src 'none'; {own}; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
+
+
+def _kind(headers: Headers) -> str:
+    return headers.get("content-type", "").split(";")[0].strip().lower()
 
 
 def _hash(text: str) -> str:

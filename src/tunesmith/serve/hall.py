@@ -40,8 +40,8 @@ class Tuned:
 class Hall:
     """The engine and the names by which its adapters are asked for. Used on the event loop, `opened` apart."""
 
-    def __init__(self, engine: Engine, base: Path, base_name: str) -> None:
-        self.engine, self.base, self.base_name = engine, base, base_name
+    def __init__(self, engine: Engine, source: str, base: Path, base_name: str) -> None:
+        self.engine, self.source, self.base, self.base_name = engine, source, base, base_name
         self.served: dict[str, Served] = {}
         self._coming: set[str] = set()
         self._made = 0
@@ -58,7 +58,7 @@ class Hall:
     def prepared(self, path: Path, name: str) -> Adapter:
         """Read a run's adapter from the disk. Raises TunesmithError unless it is a finished run of this base."""
         tuned = tuned_run(path, "lora")
-        if resolve(tuned.base) != self.base:
+        if resolve(tuned.base).resolve() != self.base.resolve():
             fix = f"This server holds {self.base_name}; start another for {tuned.base}."
             raise ModelError(f"the run is an adapter of another base, {tuned.base}", where=name, fix=fix)
         adapter = read_adapter(RunFolder(path=path).adapter)
@@ -115,7 +115,7 @@ def opened(names: Sequence[str], update: str, limits: Limits, world: World) -> H
     context = min(limits.context_tokens, model.vocabulary.context_tokens)
     engine = Engine(model, Limits(rows=limits.rows, waiting=limits.waiting, context_tokens=context))
     full = next((run for run in runs if run.full), None)
-    hall = Hall(engine, base, full.name if full else Path(source).name)
+    hall = Hall(engine, source, base, full.name if full else Path(source).name)
     if hall.base_name in {run.name for run in runs if not run.full}:
         raise FolderError("a run has the name of its base", where=hall.base_name, fix="Rename the folder.")
     hall.add_base()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,8 +11,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from ..errors import TunesmithError
+from ..folder import FULL
 
 RETRY_SECONDS = 1
+STORAGE_FULL = 507
 CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 429: "queue_full"}
 
 
@@ -57,13 +60,19 @@ def say_problems(app: FastAPI) -> None:
     async def http(_: Request, error: HTTPException) -> JSONResponse:
         return answer(error.status_code, str(error.detail).lower())
 
+    @app.exception_handler(sqlite3.Error)
+    async def unsaved(_: Request, error: sqlite3.Error) -> JSONResponse:
+        return answer(STORAGE_FULL, f"not saved: {error}; look at the disk's space and permissions")
+
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
         return answer(500, f"{type(error).__name__}; the server's log has more")
 
     @app.exception_handler(TunesmithError)
     async def expected(_: Request, error: TunesmithError) -> JSONResponse:
-        return answer(400, " ".join(part for part in (f"{error.what}.", error.fix) if part), error.where or None)
+        full = isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
+        said = " ".join(part for part in (f"{error.what}.", error.fix) if part)
+        return answer(STORAGE_FULL if full else 400, said, error.where or None)
 
 
 def answer(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:

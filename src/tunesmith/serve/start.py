@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 
 import uvicorn
@@ -23,7 +23,9 @@ from .engine import Limits
 from .guard import Gate
 from .hall import Hall, opened
 from .listen import LOOPBACK, bound, is_loopback
+from .objects import PAGE_PATH
 from .problems import refused
+from .tuning import FILES, Desk, Shop, held, opened_desk, tuning_routers
 
 MOST_BODY_BYTES = 4 * 1024 * 1024
 DRAIN_SECONDS = 300
@@ -40,43 +42,56 @@ class Door:
     names: tuple[str, ...] = ()
 
 
-def serve(models: Sequence[str], door: Door, limits: Limits, screen: Screen, *, update: str = "") -> None:
+def serve(
+    models: Sequence[str], door: Door, limits: Limits, screen: Screen, *, update: str = "", shop: Shop | None = None
+) -> None:
     """Serve until told to stop. Raises TunesmithError where a run, the address or the port cannot be used."""
-    gate = gate_for(door)
-    with closing(bound(door.host, door.port)) as server_socket:
+    gate = gate_for(door, tuning=shop is not None)
+    with ExitStack() as stack:
+        server_socket = stack.enter_context(closing(bound(door.host, door.port)))
+        if shop:
+            stack.enter_context(held(shop.folder))
         hall = opened(models, update, limits, world_from_env())
-        port = server_socket.getsockname()[1]
-        _announce(hall, f"http://{door.host}:{port}/v1", screen)
-        run_server(hall, gate, server_socket)
+        desk = None
+        if shop:
+            desk = stack.enter_context(opened_desk(shop, hall, screen, key=door.key))
+        address = f"http://{door.host}:{server_socket.getsockname()[1]}"
+        if shop:
+            screen.line(f"fine-tuning jobs in {shop.folder}, {shop.at_once} at once: {address}/jobs")
+        _announce(hall, f"{address}/v1", screen)
+        run_server(hall, gate, server_socket, desk)
     screen.line("every accepted answer was finished")
 
 
-def run_server(hall: Hall, gate: Gate, server_socket: socket.socket) -> None:
+def run_server(hall: Hall, gate: Gate, server_socket: socket.socket, desk: Desk | None = None) -> None:
     """Answer on the socket until a signal, then finish what was accepted."""
     before = signal.signal(signal.SIGTERM, _drained)
     try:
         with suppress(KeyboardInterrupt):  # the usual way to stop
-            http_server(hall, gate).run(sockets=[server_socket])
+            http_server(hall, gate, desk).run(sockets=[server_socket])
     finally:
         signal.signal(signal.SIGTERM, before)
         hall.engine.close()
 
 
-def http_server(hall: Hall, gate: Gate) -> uvicorn.Server:
+def http_server(hall: Hall, gate: Gate, desk: Desk | None = None) -> uvicorn.Server:
     """The HTTP side of it, not started yet."""
+    app = server_app(hall, gate)
+    if desk:
+        app = server_app(hall, gate, more=tuning_routers(desk), lifespan=desk.foreman.at_work)
     return uvicorn.Server(
         uvicorn.Config(
-            server_app(hall, gate),
+            app,
             log_level="warning",
             access_log=False,
             server_header=False,
-            lifespan="off",
+            lifespan="on" if desk else "off",
             timeout_graceful_shutdown=DRAIN_SECONDS,
         )
     )
 
 
-def gate_for(door: Door) -> Gate:
+def gate_for(door: Door, *, tuning: bool = False) -> Gate:
     """Loopback needs no key; any other address does. Raises RecipeError."""
     policy = "default-src 'none'; frame-ancestors 'none'"
     loopback = is_loopback(door.host)
@@ -93,7 +108,8 @@ def gate_for(door: Door) -> Gate:
         hosts=frozenset(known),
         any_address=not loopback,
         key=door.key,
-        public=PUBLIC,
+        public=PUBLIC | {PAGE_PATH} if tuning else PUBLIC,
+        uploads=frozenset({FILES}) if tuning else frozenset(),
         most_body_bytes=MOST_BODY_BYTES,
         body=refused,
     )

@@ -141,14 +141,19 @@ def derive_policy(recipe: Recipe, update: Update, model: Model, answers: int, lo
     )
 
 
+def usual_rate(method: Method, update: Update, width: int) -> float:
+    """The learning rate of a method unless the recipe gives one, for a model of hidden size `width`."""
+    value = RATES[method] * 5e-4 * (2000 / width) ** 0.78 / (1 if update == "lora" else 10)
+    return float(f"{value:.1e}")
+
+
 def _rate(recipe: Recipe, update: Update, model: Model, settle: _Settling) -> float | int:
     width = int(model.head_weight.shape[1])
-    share = RATES[recipe.method]
-    value = share * 5e-4 * (2000 / width) ** 0.78 / (1 if update == "lora" else 10)
     given = recipe.lora.learning_rate if update == "lora" and recipe.lora.learning_rate else recipe.train.learning_rate
+    share = RATES[recipe.method]
     why = f"5e-4 x (2000 / {width})^0.78 for LoRA, a tenth for full fine-tuning"
     why += f"; x {share:g} for {recipe.method}" if share != 1 else ""
-    return settle(f"{update}.learning_rate", given, float(f"{value:.1e}"), why)
+    return settle(f"{update}.learning_rate", given, usual_rate(recipe.method, update, width), why)
 
 
 def predict(
