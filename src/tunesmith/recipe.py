@@ -52,6 +52,9 @@ class DataSpec(Spec):
     near_duplicates: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.9, description="Jaccard similarity of word 3-grams over which two rows count as one; 1 turns it off"
     )
+    rehearse: float = Field(
+        default=1.0, ge=0, description="sft: weight of repeating what the base writes by itself, against forgetting"
+    )
     seed: int = Field(default=0, description="changes which rows fall into which split")
 
 
@@ -114,9 +117,6 @@ class TrainSpec(Spec):
     evaluations: int = Field(default=4, ge=1, description="how often to look at the validation rows")
     patience: int = Field(default=3, ge=1, description="stop after this many evaluations without improvement")
     max_steps: int | None = Field(default=None, gt=0, description="stop after this many optimizer steps")
-    rehearse: float = Field(
-        default=1.0, ge=0, description="sft: weight of repeating what the base writes by itself, against forgetting"
-    )
     seed: int = 0
 
 

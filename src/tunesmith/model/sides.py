@@ -193,7 +193,8 @@ def _flat(layers: Sequence[Dense]) -> list[Any]:
 
 
 def _dense(flat: Sequence[Any]) -> list[Dense]:
-    return [Dense(*flat[at : at + 4]) for at in range(0, len(flat), 4)]
+    parts = iter(flat)
+    return [Dense(weight, a, b, scale) for weight, a, b, scale in zip(parts, parts, parts, parts, strict=True)]
 
 
 def _tensors(layers: Sequence[Dense]) -> list[Tensor | None]:

@@ -54,7 +54,7 @@ def forecast(recipe: Recipe, world: World, screen: Screen) -> None:
         screen.stage("Training", update)
         model = load(recipe.base, world)
         settings = derive(recipe, update, model, data.train)
-        strength = recipe.train.rehearse
+        strength = recipe.data.rehearse
         texts = own_texts(model, TIMED_TEXTS, recipe.train.seed) if strength else []
         attach(recipe, update, model, settings)
         rehearsal = Rehearsal(texts=texts, strength=strength)

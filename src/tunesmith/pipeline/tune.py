@@ -96,7 +96,7 @@ def attach(recipe: Recipe, update: Update, model: Model, settings: Settings) -> 
 
 def rehearsed(recipe: Recipe, base: Model, folder: RunFolder, world: World, screen: Screen) -> Rehearsal:
     """Texts of the base's own, written once for all updates into rehearsal.jsonl."""
-    strength, path = recipe.train.rehearse, folder.path / "rehearsal.jsonl"
+    strength, path = recipe.data.rehearse, folder.path / "rehearsal.jsonl"
     if not strength:
         return Rehearsal()
     if world.leads and not path.is_file():
