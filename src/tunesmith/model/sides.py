@@ -193,8 +193,7 @@ def _flat(layers: Sequence[Dense]) -> list[Any]:
 
 
 def _dense(flat: Sequence[Any]) -> list[Dense]:
-    parts = iter(flat)
-    return [Dense(weight, a, b, scale) for weight, a, b, scale in zip(parts, parts, parts, parts, strict=True)]
+    return [Dense(*flat[at : at + 4]) for at in range(0, len(flat), 4)]
 
 
 def _tensors(layers: Sequence[Dense]) -> list[Tensor | None]:
@@ -202,4 +201,5 @@ def _tensors(layers: Sequence[Dense]) -> list[Tensor | None]:
 
 
 def _saved(tensors: Sequence[Any], scales: Sequence[float]) -> list[Dense]:
-    return [Dense(*tensors[3 * n : 3 * n + 3], scale) for n, scale in enumerate(scales)]
+    parts = iter(tensors)
+    return [Dense(weight, a, b, scale) for weight, a, b, scale in zip(parts, parts, parts, scales, strict=True)]
