@@ -53,7 +53,7 @@ class DataSpec(Spec):
         default=0.9, description="Jaccard similarity of word 3-grams over which two rows count as one; 1 turns it off"
     )
     rehearse: float = Field(
-        default=1.0, ge=0, description="sft: weight of repeating what the base writes by itself, against forgetting"
+        default=0.5, ge=0, description="sft: weight of repeating what the base writes by itself, against forgetting"
     )
     seed: int = Field(default=0, description="changes which rows fall into which split")
 

@@ -9,6 +9,7 @@ pseudorehearsal"; texts drawn from a random first token: Liu et al. 2023 (arXiv 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from ..model.sample import Sampling, sample
 from ..types import Example
 from .order import shuffled
 
-TEXTS, TEXT_TOKENS = 64, 96
+TEXT_TOKENS, FEWEST_TEXTS, MOST_TEXTS = 96, 64, 256
 REHEARSED = "rehearsed"
 ROWS_PER_TEXT = 16
 
@@ -33,13 +34,14 @@ class Rehearsal:
     strength: float = 0.0
 
     def of_step(self, step: int, rows: int, trained_tokens: float, seed: int) -> list[Example]:
-        """A text for every 16 rows, in turns; where a step has some, they weigh `strength` times what its rows do."""
+        """A text for every 16 rows, in turns; over 16 rows it weighs `strength` times what they do."""
         count = len(self.texts)
         if not count or not self.strength:
             return []
         places = range(step * rows // ROWS_PER_TEXT, (step + 1) * rows // ROWS_PER_TEXT)
         chosen = [self.texts[int(shuffled(seed, place // count, count)[place % count])] for place in places]
-        weight = self.strength * trained_tokens / max(sum(float(text.weights.sum()) for text in chosen), 1.0)
+        due = self.strength * trained_tokens * ROWS_PER_TEXT * len(chosen) / rows
+        weight = due / max(sum(float(text.weights.sum()) for text in chosen), 1.0)
         return [replace(text, weights=text.weights * np.float32(weight)) for text in chosen]
 
     @property
@@ -48,6 +50,11 @@ class Rehearsal:
         if not self.texts or not self.strength:
             return 0.0
         return float(np.mean([len(text.tokens) for text in self.texts])) / ROWS_PER_TEXT
+
+
+def texts_for(rows: float) -> int:
+    """How many texts so many rows want, so that none comes twice and is learnt by heart; no more than 256."""
+    return min(max(math.ceil(rows / ROWS_PER_TEXT), FEWEST_TEXTS), MOST_TEXTS)
 
 
 def own_texts(base: Model, count: int, seed: int, progress: Callable[[int], None] = lambda done: None) -> list[Example]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from ..evaluate.measure import example_losses, measure
 from ..evaluate.systems import Prompting
 from ..folder import RunFolder, read_json, read_jsonl, write_json, write_jsonl
-from ..methods.rehearsal import TEXTS, Rehearsal, own_text, own_texts
+from ..methods.rehearsal import Rehearsal, own_text, own_texts, texts_for
 from ..methods.sft import CrossEntropy, SftSteps
 from ..model.adapters import load_adapter, save_adapter, save_model
 from ..model.load import Model, load
@@ -67,7 +68,8 @@ def tune(
         return _finished(recipe, update, target, read_json(record), world)
     model = load(recipe.base, world)
     settings = derive(recipe, update, model, material.train)
-    rehearsal = rehearsed(recipe, model, folder, world, screen)
+    rows = min(settings.epochs * len(material.train), settings.batch * (recipe.train.max_steps or math.inf))
+    rehearsal = rehearsed(recipe, texts_for(rows), model, folder, world, screen)
     shape = attach(recipe, update, model, settings)
     source = steps_of(recipe, settings, material.train, rehearsal, model, world)
     sizes = source.row_tokens()
@@ -94,14 +96,14 @@ def attach(recipe: Recipe, update: Update, model: Model, settings: Settings) -> 
     return shape
 
 
-def rehearsed(recipe: Recipe, base: Model, folder: RunFolder, world: World, screen: Screen) -> Rehearsal:
+def rehearsed(recipe: Recipe, count: int, base: Model, folder: RunFolder, world: World, screen: Screen) -> Rehearsal:
     """Texts of the base's own, written once for all updates into rehearsal.jsonl."""
     strength, path = recipe.data.rehearse, folder.path / "rehearsal.jsonl"
     if not strength:
         return Rehearsal()
     if world.leads and not path.is_file():
-        with screen.progress("texts of the base's own, to rehearse", TEXTS) as tick:
-            texts = own_texts(base, TEXTS, recipe.train.seed, tick)
+        with screen.progress("texts of the base's own, to rehearse", count) as tick:
+            texts = own_texts(base, count, recipe.train.seed, tick)
         words = [base.tokenizer.decode(text.tokens) for text in texts]
         lines = [{"id": t.id, "text": said, "tokens": t.tokens.tolist()} for t, said in zip(texts, words, strict=True)]
         write_jsonl(path, lines)
