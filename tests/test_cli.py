@@ -96,6 +96,12 @@ def test_run_in_a_process_says_the_verdict_and_a_second_time_at_once(tmp_path: P
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
 
 
+def test_a_name_between_colons_is_not_taken_for_a_picture(tmp_path: Path, shell: Shell, tiny_recipe: Make) -> None:
+    (tmp_path / "own.py").write_text("import nowhere")
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tiny_recipe({"task.metric": "own.py:boom"})))
+    refused(shell("run", "job.yaml", "--quiet"), "own.py:boom: the file fails to load")
+
+
 def test_quiet_prints_nothing_and_sets_override(tmp_path: Path, tiny_recipe: Make) -> None:
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(tiny_recipe({"evaluate.forgetting": True})))
     words = ["--quiet", "--set", "train.max_steps=2", "--set", "out=elsewhere", "--set", "train.learning_rate=1e-3"]

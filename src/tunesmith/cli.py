@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from . import __version__
 from .errors import RecipeError, TunesmithError
 from .recipe import Recipe, known_keys, load_recipe
-from .screen import Screen
+from .screen import Screen, terminal
 
 INTERRUPTED = 130
 app = typer.Typer(
@@ -47,7 +46,7 @@ def run(
         if json_:
             print(folder.results.read_text(encoding="utf-8"), end="")
         elif not quiet:
-            print_report(folder.path, Console())
+            print_report(folder.path, terminal())
 
 
 @app.command()
@@ -80,7 +79,7 @@ def distill(
         if json_:
             print(folder.results.read_text(encoding="utf-8"), end="")
         elif not quiet:
-            print_report(folder.path, Console())
+            print_report(folder.path, terminal())
 
 
 @app.command()
@@ -96,7 +95,7 @@ def check(
     from .pipeline.forecast import trained_rows
 
     resolved = load_recipe(recipe, tuple(set_ or ()))
-    console = Console()
+    console = terminal()
     vocabulary = load_vocabulary(resolved.base)
     for note in vocabulary.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
@@ -118,7 +117,7 @@ def plan(recipe: RecipePath, set_: Overrides = None, debug: Debug = False) -> No
     from .pipeline.forecast import forecast
     from .world import world_from_env
 
-    forecast(load_recipe(recipe, tuple(set_ or ())), world_from_env(), Screen(console=Console()))
+    forecast(load_recipe(recipe, tuple(set_ or ())), world_from_env(), Screen(console=terminal()))
 
 
 @app.command()
@@ -139,7 +138,7 @@ def compare(first: RunPath, second: RunPath, debug: Debug = False) -> None:
     """Compare the tuned models of two runs on the test rows that both answered."""
     from .pipeline.again import compare_runs
 
-    Screen(console=Console()).table(["metric", "first", "second", "first - second", "p"], compare_runs(first, second))
+    Screen(console=terminal()).table(["metric", "first", "second", "first - second", "p"], compare_runs(first, second))
 
 
 @app.command()
@@ -157,8 +156,8 @@ def export(
     from .pipeline.export import Wanted, export, show_export
 
     wanted = Wanted(to=to, type=type_, out=out, update=update, rows=rows, checked=not unchecked)
-    record = export(run_folder, wanted, Screen(console=Console(stderr=True, soft_wrap=True)))
-    show_export(record, Screen(console=Console(soft_wrap=True)))
+    record = export(run_folder, wanted, Screen(console=terminal(stderr=True, soft_wrap=True)))
+    show_export(record, Screen(console=terminal(soft_wrap=True)))
     if record["checked"] and not record["passed"]:
         raise typer.Exit(1)
 
@@ -169,7 +168,7 @@ def report(run_folder: RunPath, debug: Debug = False) -> None:
     from .report.page import print_report, write_report
 
     write_report(run_folder)
-    print_report(run_folder, Console())
+    print_report(run_folder, terminal())
 
 
 @app.command()
@@ -180,7 +179,7 @@ def chat(
     """Talk to a tuned model in the terminal; an empty line ends."""
     from .pipeline.again import chat_with
 
-    chat_with(model, Console())
+    chat_with(model, terminal())
 
 
 @app.command()
@@ -213,7 +212,7 @@ def label(
         if json_:
             print(json.dumps(labelling.summary_json(found), ensure_ascii=False, indent=1))
         else:
-            labelling.show_summary(found, Screen(console=Console()))
+            labelling.show_summary(found, Screen(console=terminal()))
     else:
         source = labelling.Source(pairs=pairs, gold=gold, models=tuple(model or ()), prompts=prompts)
         labelling.gather(resolved, folder, source, Screen())
@@ -255,7 +254,7 @@ def doctor(debug: Debug = False) -> None:
     """Say what this machine can do and whether everything that Tunesmith needs is here."""
     from .pipeline.health import examine
 
-    Screen(console=Console()).table(["", "", ""], examine())
+    Screen(console=terminal()).table(["", "", ""], examine())
 
 
 @app.command()
@@ -274,7 +273,7 @@ def main() -> None:
     """Entry point: every expected error is one message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    errors = Console(stderr=True, soft_wrap=True)
+    errors = terminal(stderr=True, soft_wrap=True)
     try:
         app(prog_name="tunesmith")
     except TunesmithError as error:

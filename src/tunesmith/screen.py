@@ -26,11 +26,16 @@ class Tick(Protocol):
         ...
 
 
+def terminal(*, stderr: bool = False, quiet: bool = False, soft_wrap: bool = False) -> Console:
+    """Where words go. No emoji: in `metric.py:boom: ...` the name is a function's."""
+    return Console(stderr=stderr, quiet=quiet, soft_wrap=soft_wrap, emoji=False)
+
+
 class Screen:
     """A console, or nothing at all with `quiet`."""
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
-        self.console = console or Console(quiet=quiet, stderr=True, soft_wrap=True)
+        self.console = console or terminal(quiet=quiet, stderr=True, soft_wrap=True)
 
     def stage(self, title: str, detail: str = "") -> None:
         """Begin a part of the run."""
