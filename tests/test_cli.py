@@ -260,10 +260,25 @@ def test_a_missing_recipe_is_named(shell: Shell) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("data: [", "not valid YAML"), ("- 1\n", "a mapping of keys"), ("", "a mapping of keys"), ("base: x\n", "'data'")],
+    [
+        ("data: [", "not valid YAML"),
+        ("- 1\n", "a mapping of keys"),
+        ("", "a mapping of keys"),
+        ("base: x\n", "'data'"),
+        ("base: x\ndata: {train: a.jsonl}\nbase: y\n", "the key 'base' stands twice"),
+        ("data: {train: a.jsonl}\nout: 2020-99-99\n", "not valid YAML"),
+        ("data: rows.jsonl\n", "data = 'rows.jsonl': here stand keys, not a value"),
+        ("data: {train: a.jsonl}\ntrain:\n", "train = None: here stand keys"),
+        ("data: {train: ''}\n", "data.train = ''"),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_refused(shell: Shell, text: str, said: str) -> None:
     refused(shell("run", shell.write("job.yaml", text)), "job.yaml: ", said)
+
+
+def test_a_recipe_that_is_not_utf_8_names_its_line(shell: Shell) -> None:
+    (shell.home / "job.yaml").write_bytes("base: x\n# naïve\n".encode("latin-1"))
+    refused(shell("run", "job.yaml"), "job.yaml:2: not UTF-8", "Save the file as UTF-8.")
 
 
 @pytest.mark.parametrize(
@@ -298,7 +313,7 @@ def test_a_wrong_recipe_is_explained(
     assert not (shell.home / "runs").exists()
 
 
-@pytest.mark.parametrize("override", ["epochs", "=3", "data.train.x=1", "train.epochs=["])
+@pytest.mark.parametrize("override", ["epochs", "=3", "data.train.x=1", "train.epochs=[", "out=2020-99-99"])
 def test_a_bad_override_is_explained(shell: Shell, tiny_recipe: Make, override: str) -> None:
     refused(shell("run", shell.write("job.yaml", tiny_recipe()), "--set", override), "--set")
 

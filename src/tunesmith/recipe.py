@@ -34,7 +34,9 @@ class Spec(BaseModel):
 class DataSpec(Spec):
     """Where rows come from and which of them are kept."""
 
-    train: str = Field(description="a file (.jsonl .json .csv .parquet, also .gz), a hub id, or builtin:NAME")
+    train: str = Field(
+        min_length=1, description="a file (.jsonl .json .csv .parquet, also .gz), a hub id, or builtin:NAME"
+    )
     valid: Fraction | str = Field(default=0.1, description="a fraction of train, or a file")
     test: Fraction | str = Field(default=0.1, description="a fraction of train, or a file")
     layout: Layout = Field(default="auto", description="how columns form a row; found from their names unless given")
@@ -201,7 +203,9 @@ class Recipe(Spec):
     """One run: base model, data, task, method."""
 
     base: str = Field(
-        default="smollm2-135m-instruct", description="a built-in name, a hub id, a folder, or a .gguf file"
+        default="smollm2-135m-instruct",
+        min_length=1,
+        description="a built-in name, a hub id, a folder, or a .gguf file",
     )
     data: DataSpec
     task: TaskSpec = TaskSpec()
@@ -241,12 +245,7 @@ def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise RecipeError("no such recipe", where=str(path), fix="Give the path of a YAML recipe; see recipes/.")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"not valid YAML: {error}", where=str(path), fix="Mend the line named above.") from None
-    except OSError as error:
-        raise RecipeError(f"cannot be read: {error.strerror}", where=str(path), fix="Check its permissions.") from None
+    raw = _read_yaml(path)
     if not isinstance(raw, dict):
         raise RecipeError(
             "a recipe is a mapping of keys", where=str(path), fix="Start from recipes/legal_citations.yaml."
@@ -270,6 +269,35 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                what = f"the key {key.value!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"cannot be read: {error.strerror}", where=str(path), fix="Check its permissions.") from None
+    try:
+        loader = _OnceLoader(data.decode("utf-8"))
+        loader.name = str(path)  # what its errors call the text
+        return loader.get_single_data()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RecipeError("not UTF-8", where=f"{path}:{line}", fix="Save the file as UTF-8.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        raise RecipeError(f"not valid YAML: {error}", where=str(path), fix="Mend the line named above.") from None
+
+
 def _apply(raw: dict[str, Any], override: str) -> None:
     """Set one dotted key in `raw` from `key=value`; the value is read as YAML."""
     key, equals, value = override.partition("=")
@@ -283,7 +311,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise RecipeError(f"{parent!r} holds a value, not keys", where=f"--set {key}", fix="Check the dotted name.")
     try:
         node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise RecipeError(
             f"cannot read the value {value!r}", where=f"--set {key}", fix="Quote it as in YAML."
         ) from None
@@ -320,6 +348,9 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
         return RecipeError(f"the key {key!r} is missing", where=where, fix=f"Add {key}: ... to the recipe.")
     # Inside a list or a union pydantic names places that are no keys.
     key = max((name for name in names if f"{key}.".startswith(f"{name}.")), key=len, default=key)
+    if problem["type"] == "model_type":
+        what = f"{key} = {problem['input']!r}: here stand keys, not a value"
+        return RecipeError(what, where=where, fix=f"Write its keys on indented lines below {key}:, or leave it out.")
     reason = problem["msg"].removeprefix("Value error, ")
     return RecipeError(
         f"{key} = {problem['input']!r}: {reason}", where=where, fix=f"Change {key}; see `tunesmith schema`."
