@@ -127,7 +127,7 @@ def test_groups_stay_together_in_order_and_score_what_each_row_alone_would(
 
 
 def test_what_all_groups_share_and_what_each_group_shares_are_stored_once() -> None:
-    start, prompts = list(range(50, 60)), [[1, 2, 3, 4], [5, 6, 7]]
+    start, prompts = list(range(50, 60)), [[1, 2, 3, 4], [5, 6, 7, 8]]
     groups = [
         [
             example(
@@ -139,8 +139,26 @@ def test_what_all_groups_share_and_what_each_group_shares_are_stored_once() -> N
     ]
     (batch,) = pack_groups(groups, budget_tokens=999)
     assert batch.layout.parents == (-1, 0, 1, 1, 1, 0, 5, 5, 5)
-    assert batch.layout.lengths == (10, 4, 2, 3, 4, 3, 2, 3, 4)  # the token before the first trained one is the row's
+    assert batch.layout.lengths == (10, 4, 2, 3, 4, 4, 2, 3, 4)  # the token before the first trained one is the row's
     assert batch.tokens[:14].tolist() == [*start, 1, 2, 3, 4]
+
+
+def test_groups_with_the_same_prompt_share_it() -> None:
+    start, first, second = list(range(50, 60)), list(range(1, 9)), list(range(20, 30))
+    rows = [[*start, *prompt, 9, 40 + n] for n, prompt in enumerate((first, second, first, second, second))]
+    groups = [[example(tokens, [len(tokens) - 1], str(n))] for n, tokens in enumerate(rows)]
+    (batch,) = pack_groups(groups, budget_tokens=999)
+    assert batch.layout.parents == (-1, 0, 1, 1, 0, 4, 4, 4)
+    assert batch.layout.lengths == (10, 8, 2, 2, 10, 2, 2, 2)
+    assert batch.ids == ("0", "1", "2", "3", "4")
+    assert batch.targets.tolist() == [40, 41, 42, 43, 44]
+
+
+def test_rows_behind_one_long_instruction_fill_a_batch_with_what_is_their_own() -> None:
+    instruction = list(range(100, 400))
+    rows = [example([*instruction, *[n] * 20, 9, n], [321], str(n)) for n in range(8)]
+    (batch,) = pack(rows, budget_tokens=500)
+    assert len(batch.tokens) == 300 + 8 * 22
 
 
 def test_a_group_alone_and_groups_of_one_share_on_one_level() -> None:

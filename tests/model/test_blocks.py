@@ -36,6 +36,13 @@ def test_hidden_states_are_those_of_the_models_own_forward(tiny_model: Model) ->
     torch.testing.assert_close(*both_ways(tiny_model), rtol=1e-4, atol=1e-5)
 
 
+def test_places_alone_have_the_states_that_they_have_among_all(tiny_model: Model) -> None:
+    tokens, attend, index = torch.arange(15) * 7 % 290, PackedAttention(LAYOUT), torch.tensor([2, 14, 7])
+    assert tiny_model.blocks
+    whole = tiny_model.blocks.answer(tokens, POSITIONS, attend)
+    torch.testing.assert_close(tiny_model.blocks.answer(tokens, POSITIONS, attend, index), whole[index])
+
+
 def test_adapters_count_while_they_are_on(fresh_model: Model) -> None:
     plain, _ = both_ways(fresh_model)
     attach_lora(fresh_model.hf, LoraShape(rank=4, alpha=8.0), head=fresh_model.head)

@@ -85,17 +85,20 @@ def test_the_half_after_attention_has_the_gradients_of_its_formula(adapted: bool
     agree((out_of_attention(x, seen, layer),), (x + apply(layer, seen),), [x, seen, *parameters([layer])])
 
 
+SCORED = torch.tensor([3, 4, 16, 9, 3])
+
+
 def gradients(model: Model, *, own: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Hidden states, and every gradient of a fixed sum of them, through the model's modules or through the blocks."""
     model.hf.zero_grad(set_to_none=True)
     tokens, attend = torch.arange(18) * 7 % 290, PackedAttention(LAYOUT)
     if own:
         out = model.body(input_ids=tokens[None], position_ids=POSITIONS[None], use_cache=False, attend=attend)
-        hidden = out.last_hidden_state[0]
+        hidden = out.last_hidden_state[0][SCORED]
     else:
         assert model.blocks
         assert model.blocks.trains
-        hidden = model.blocks.train(tokens, POSITIONS, attend)
+        hidden = model.blocks.train(tokens, POSITIONS, attend, SCORED)
     (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
     named = model.hf.named_parameters()
     return hidden.detach(), {name: part.grad for name, part in named if part.grad is not None}

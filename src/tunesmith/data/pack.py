@@ -1,13 +1,14 @@
 """Examples become packed batches: no padding, and what several of them begin with is stored once.
 
-A step's Examples are laid into streams of at most `budget_tokens`. The longest prefix common to a stream's Examples (a
-system prompt, an instruction) becomes a segment of its own that the others continue, as long as it is untrained; so
-does what the Examples of a group share beyond it (the prompt of a pair, or of several sampled answers).
+A step's Examples are laid into streams of at most `budget_tokens`. A stream is a prefix tree: untrained tokens that
+several Examples begin with (a system prompt, an instruction, the prompt of a pair) are a segment that the others
+continue, as deep as it saves enough.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch
 from ..tensors import Batch, Layout
 from ..types import Example
 
-SHARE_FROM_TOKENS = 8
+SHARE_FROM_TOKENS = 8  # saved by a segment; fewer do not pay for one more attention
 
 
 def bins(sizes: Sequence[int], budget: int) -> list[list[int]]:
@@ -45,8 +46,9 @@ def pack(examples: Sequence[Example], *, budget_tokens: int, share: bool = True)
 
 def pack_groups(groups: Sequence[Sequence[Example]], *, budget_tokens: int, share: bool = True) -> list[Batch]:
     """Packed batches in which the Examples of a group stay together, side by side and in their order."""
-    sizes = [sum(len(e.tokens) for e in group) - (len(group) - 1) * _prefix(group, share) for group in groups]
-    return [pack_together([groups[i] for i in members], share=share) for members in bins(sizes, budget_tokens)]
+    root = common_prefix([example for group in groups for example in group]) if share and len(groups) > 1 else 0
+    own = [_stored_tokens(group, share) - root for group in groups]
+    return [pack_together([groups[i] for i in members], share=share) for members in bins(own, budget_tokens - root)]
 
 
 def pack_one(examples: Sequence[Example], *, share: bool = True) -> Batch:
@@ -55,29 +57,20 @@ def pack_one(examples: Sequence[Example], *, share: bool = True) -> Batch:
 
 
 def pack_together(groups: Sequence[Sequence[Example]], *, share: bool = True) -> Batch:
-    """All groups in one stream. Segments in order: the prefix of all, then each group's own and its Examples' rests."""
+    """All groups in one stream: a tree of segments, each after what it continues."""
     examples = [example for group in groups for example in group]
-    segments: list[tuple[int, int, int, int]] = []  # Example, first and last token, parent
-    root = _prefix(examples, share)
-    if root:
-        segments.append((0, 0, root, -1))
-    leaves: list[int] = []
-    for group in groups:
-        prefix, parent = max(_prefix(group, share), root), 0 if root else -1
-        if prefix > root:
-            segments.append((len(leaves), root, prefix, parent))
-            parent = len(segments) - 1
-        for example in group:
-            segments.append((len(leaves), prefix, len(example.tokens), parent))
-            leaves.append(len(segments) - 1)
+    segments = _segments(examples, share)
     layout = Layout(
-        lengths=tuple(end - begin for _, begin, end, _ in segments), parents=tuple(parent for *_, parent in segments)
+        lengths=tuple(part.end - part.begin for part in segments), parents=tuple(part.parent for part in segments)
     )
+    shifts = [0] * len(examples)  # from a place in a row to the one before it in the stream
+    for part, start in zip(segments, layout.starts, strict=True):
+        if part.leaf:
+            shifts[part.example] = start - part.begin - 1
     scored = [np.flatnonzero(example.weights[1:]) + 1 for example in examples]
-    shifts = [layout.starts[leaf] - segments[leaf][1] - 1 for leaf in leaves]
     return Batch(
-        tokens=_long([examples[place].tokens[begin:end] for place, begin, end, _ in segments]),
-        positions=_long([np.arange(begin, end) for _, begin, end, _ in segments]),
+        tokens=_long([examples[part.example].tokens[part.begin : part.end] for part in segments]),
+        positions=_long([np.arange(part.begin, part.end) for part in segments]),
         layout=layout,
         index=_long([places + shift for places, shift in zip(scored, shifts, strict=True)]),
         targets=_long([example.tokens[places] for example, places in zip(examples, scored, strict=True)]),
@@ -91,22 +84,64 @@ def pack_together(groups: Sequence[Sequence[Example]], *, share: bool = True) ->
     )
 
 
-def _prefix(examples: Sequence[Example], share: bool) -> int:
-    """Tokens to store once for all of `examples`."""
-    return common_prefix(examples) if share and len(examples) > 1 else 0
+class _Part(NamedTuple):
+    """Tokens begin..end of an Example, after those of the part `parent`; a leaf is the Example's own end."""
+
+    example: int
+    begin: int
+    end: int
+    parent: int
+    leaf: bool
+
+
+def _segments(examples: Sequence[Example], share: bool) -> list[_Part]:
+    """A prefix tree of the Examples' untrained beginnings, parents first, each part's continuations right after it."""
+    parts: list[_Part] = []
+    limits = [_untrained(example) if share else 0 for example in examples]
+
+    def grow(members: Sequence[int], begin: int, seen: int, parent: int) -> None:
+        """Lay the members out from `begin`; their first `seen` tokens are alike."""
+        if len(members) == 1:
+            parts.append(_Part(members[0], begin, len(examples[members[0]].tokens), parent, leaf=True))
+            return
+        seen = _alike(examples, members, seen, min(limits[member] for member in members))
+        if (seen - begin) * (len(members) - 1) >= SHARE_FROM_TOKENS:
+            parts.append(_Part(members[0], begin, seen, parent, leaf=False))
+            begin, parent = seen, len(parts) - 1
+        branches: dict[object, list[int]] = {}
+        for member in members:
+            ended = limits[member] == seen
+            branches.setdefault(("ended", member) if ended else int(examples[member].tokens[seen]), []).append(member)
+        for branch in branches.values():
+            grow(branch, begin, seen, parent)
+
+    grow(range(len(examples)), 0, 0, -1)
+    return parts
+
+
+def _untrained(example: Example) -> int:
+    """Tokens that may be shared: all before the one that predicts the first trained token."""
+    first = int(np.flatnonzero(example.weights)[0]) if example.weights.any() else len(example.tokens)
+    return max(first - 1, 0)
+
+
+def _alike(examples: Sequence[Example], members: Sequence[int], start: int, limit: int) -> int:
+    """How many of the first `limit` tokens the members share; `start` are known to be."""
+    first = examples[members[0]].tokens
+    for member in members[1:]:
+        differs = np.flatnonzero(first[start:limit] != examples[member].tokens[start:limit])
+        limit = start + int(differs[0]) if len(differs) else limit
+    return limit
+
+
+def _stored_tokens(group: Sequence[Example], share: bool) -> int:
+    """Tokens that a group takes by itself."""
+    return sum(part.end - part.begin for part in _segments(group, share))
 
 
 def common_prefix(examples: Sequence[Example]) -> int:
-    """Tokens that all Examples begin with, short of the one before the first trained token; 0 if hardly any."""
-    first = examples[0].tokens
-    limit = min(
-        int(np.flatnonzero(example.weights)[0]) - 1 if example.weights.any() else len(example.tokens) - 1
-        for example in examples
-    )
-    shared = max(limit, 0)
-    for example in examples[1:]:
-        differs = np.flatnonzero(first[:shared] != example.tokens[:shared])
-        shared = int(differs[0]) if len(differs) else shared
+    """Untrained tokens that all Examples begin with; 0 if hardly any."""
+    shared = _alike(examples, range(len(examples)), 0, min(_untrained(example) for example in examples))
     return shared if shared >= SHARE_FROM_TOKENS else 0
 
 

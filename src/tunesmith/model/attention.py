@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from ..errors import ModelError
 from ..tensors import Layout
+from .branches import Branches, branch_attention
 
 NAME = "tunesmith_packed"
 
@@ -68,9 +69,10 @@ def register() -> None:
 
 
 class PackedAttention:
-    """Causal attention inside each segment and to the segments it continues. Equal segments run as one batch.
+    """Causal attention inside each segment and to the segments it continues.
 
     `prefix(layer)`, if given, holds keys and values [G P D] of tokens before the stream that every segment continues.
+    On a CPU shared keys are read where they stand (branches.py); elsewhere, and for windows, each row gets copies.
     """
 
     def __init__(self, layout: Layout, prefix: Callable[[int], tuple[Tensor, Tensor]] | None = None) -> None:
@@ -79,26 +81,40 @@ class PackedAttention:
         for segment, length in enumerate(layout.lengths):
             groups[length, layout.ancestors(segment)].append(segment)
         self.groups = [(members, chain) for (_, chain), members in groups.items()]
+        self.branches = Branches.of(layout)
+        self.longest = max(sum(self.lengths[s] for s in (members[0], *chain)) for members, chain in self.groups)
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
-        """See Attend. Split once and not sliced: the gradient of a slice is as long as the stream."""
-        out = torch.empty_like(query) if not torch.is_grad_enabled() else None
+        """See Attend."""
+        before = self.prefix(layer) if self.prefix else None
+        longest = self.longest + (before[0].shape[1] if before else 0)
+        if query.device.type == "cpu" and (window is None or window >= longest):
+            return branch_attention(query, key, value, scaling, self.branches, before)
+        return self._with_copies(query, key, value, scaling, window, before)
+
+    def _with_copies(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: int | None,
+        before: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Segments of equal length and the same past as one batch."""
         found: list[Tensor] = [query] * len(self.lengths)
-        before_key, before_value = self.prefix(layer) if self.prefix else (None, None)
+        before_key, before_value = before or (None, None)
+        # Split once and not sliced: the gradient of a slice is as long as the stream.
         queries, keys, values = (x.split(self.lengths, 1) for x in (query, key, value))
-        places = out.split(self.lengths, 1) if out is not None else ()
         for members, chain in self.groups:
             q = torch.stack([queries[segment] for segment in members])
             k = _with_context(keys, members, chain, before_key)
             v = _with_context(values, members, chain, before_value)
             for segment, part in zip(members, causal_attention(q, k, v, scaling, window).unbind(0), strict=True):
-                if out is None:
-                    found[segment] = part
-                else:
-                    places[segment].copy_(part)
-        return torch.cat(found, dim=1) if out is None else out
+                found[segment] = part
+        return torch.cat(found, dim=1)
 
 
 def causal_attention(

@@ -63,23 +63,33 @@ class Blocks:
         """Whether `train` knows every layer."""
         return self.norm.weight.dtype == torch.float32 and all(block.plain for block in self.blocks)
 
-    def train(self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], attend: Attend) -> Float[Tensor, "T D"]:
-        """Final hidden state of each token of a stream, with gradients."""
+    def train(
+        self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], attend: Attend, index: Int[Tensor, "S"]
+    ) -> Float[Tensor, "S D"]:
+        """Final hidden states at some places of a stream, with gradients."""
         x = self.embed(tokens)
         turn = self._turn(x, positions)
         for layer, block in enumerate(self.blocks):
             inward = [_dense(part) for part in (block.q, block.k, block.v)]
             heads = into_attention(x, block.norm.weight, block.norm.variance_epsilon, turn, inward)
             query, key, value = (part.transpose(0, 1) for part in heads)
-            seen = attend(layer, query, key, value, block.scaling, None)
-            x = out_of_attention(x, seen.transpose(0, 1).flatten(1), _dense(block.o))
+            seen = attend(layer, query, key, value, block.scaling, None).transpose(0, 1).flatten(1)
+            if block is self.blocks[-1]:  # nobody looks at the other places again
+                x, seen = pick(x, index), pick(seen, index)
+            x = out_of_attention(x, seen, _dense(block.o))
             wide = [_dense(part) for part in (block.gate, block.up, block.down)]
             x = gated(x, block.norm_again.weight, block.norm_again.variance_epsilon, wide)
         return self.norm(x)
 
     @torch.no_grad()
-    def answer(self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], attend: Attend) -> Float[Tensor, "T D"]:
-        """Final hidden state of each token of a stream, without gradients."""
+    def answer(
+        self,
+        tokens: Int[Tensor, "T"],
+        positions: Int[Tensor, "T"],
+        attend: Attend,
+        index: Int[Tensor, "S"] | None = None,
+    ) -> Float[Tensor, "S D"]:
+        """Final hidden states at some or all places of a stream, without gradients."""
         x = self.embed(tokens)
         cos, sin = self._turn(x, positions)
         half = sin.shape[-1] // 2
@@ -92,7 +102,10 @@ class Blocks:
             turned = torch.cat([query, key], 1)
             turned = (turned * cos).addcmul_(turned.roll(half, -1), sin).transpose(0, 1)
             seen = attend(layer, turned[:heads], turned[heads:], value.transpose(0, 1), block.scaling, None)
-            x = x.add_(_linear(block.o, seen.transpose(0, 1).flatten(1)))
+            seen = seen.transpose(0, 1).flatten(1)
+            if index is not None and block is self.blocks[-1]:
+                x, seen = pick(x, index), pick(seen, index)
+            x = x.add_(_linear(block.o, seen))
             normal = _rms_norm(x, block.norm_again)
             x.add_(_linear(block.down, F.silu(_linear(block.gate, normal)).mul_(_linear(block.up, normal))))
         return _rms_norm(x, self.norm)
@@ -102,6 +115,11 @@ class Blocks:
         cos, sin = (part[0, :, None] for part in self.rotary(x[None], positions[None]))
         half = sin.shape[-1] // 2
         return cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
+
+
+def pick(x: Float[Tensor, "T D"], index: Int[Tensor, "S"]) -> Float[Tensor, "S D"]:
+    """Rows of x. Not index_select, whose gradient is scattered number by number."""
+    return F.embedding(index, x)
 
 
 def blocks_of(hf: PreTrainedModel) -> Blocks | None:

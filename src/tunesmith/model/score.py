@@ -11,12 +11,12 @@ from collections.abc import Set
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..tensors import Batch, Need, Scores
 from .attention import PackedAttention
+from .blocks import pick
 from .linear import product
 from .load import Model
 from .values import value_head
@@ -49,15 +49,13 @@ def hidden_states(model: Model, batch: Batch) -> Float[Tensor, "S D"]:
         return _hidden_plainly(model, batch)
     attend = PackedAttention(batch.layout)
     if model.blocks and not torch.is_grad_enabled():
-        hidden = model.blocks.answer(batch.tokens, batch.positions, attend)
-    elif model.blocks and model.blocks.trains:
-        hidden = model.blocks.train(batch.tokens, batch.positions, attend)
-    else:
-        hidden = model.body(
-            input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, attend=attend
-        ).last_hidden_state[0]
-    # Not index_select, whose gradient is scattered number by number.
-    return F.embedding(batch.index, hidden)
+        return model.blocks.answer(batch.tokens, batch.positions, attend, batch.index)
+    if model.blocks and model.blocks.trains:
+        return model.blocks.train(batch.tokens, batch.positions, attend, batch.index)
+    hidden = model.body(
+        input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, attend=attend
+    ).last_hidden_state[0]
+    return pick(hidden, batch.index)
 
 
 def _values(model: Model, hidden: Float[Tensor, "S D"]) -> Float[Tensor, "S"]:
