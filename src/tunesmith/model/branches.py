@@ -75,15 +75,16 @@ class _BranchAttention(torch.autograd.Function):
         out = query.new_empty(heads, length, value.shape[-1])
         mass = query.new_empty(heads, length, dtype=torch.promote_types(query.dtype, torch.float32))
         for rows in branches.rows:
-            found = _meet(*(_stack(part, rows) for part in (query, keys, values)), True, scaling)
+            q, k, v = (_stack(part, rows) for part in (query, keys, values))
+            found = _meet(q, k, v, True, scaling)
             for row, part, its_mass in zip(rows, *found, strict=True):
                 out[:, row], mass[:, row] = part, its_mass
         for place, on in branches.shared:
             found = _meet(_join(query, on), keys[None, :, place], values[None, :, place], False, scaling)
             _add(out, mass, on, *found)
         if before is not None:
-            every = (slice(0, length),)
-            _add(out, mass, every, *_meet(query[None], *(_each_head(x, heads)[None] for x in before), False, scaling))
+            k, v = (_each_head(part, heads)[None] for part in before)
+            _add(out, mass, (slice(0, length),), *_meet(query[None], k, v, False, scaling))
         ctx.save_for_backward(query, key, value, out, mass)
         ctx.scaling, ctx.branches, ctx.before = scaling, branches, before
         return out
@@ -96,13 +97,12 @@ class _BranchAttention(torch.autograd.Function):
         keys, values = _each_head(key, heads), _each_head(value, heads)
         d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(keys), torch.empty_like(values)
         for rows in ctx.branches.rows:
-            parts = (_stack(part, rows) for part in (slope, query, keys, values, out, mass))
-            for row, *found in zip(rows, *_part_back(*parts, True, ctx.scaling), strict=True):
+            s, q, k, v, o, m = (_stack(part, rows) for part in (slope, query, keys, values, out, mass))
+            for row, *found in zip(rows, *_part_back(s, q, k, v, o, m, True, ctx.scaling), strict=True):
                 d_query[:, row], d_key[:, row], d_value[:, row] = found
         for place, on in ctx.branches.shared:
-            slopes, queries, outs, masses = (_join(part, on) for part in (slope, query, out, mass))
-            here = keys[None, :, place], values[None, :, place]
-            found = _part_back(slopes, queries, *here, outs, masses, False, ctx.scaling)
+            s, q, o, m = (_join(part, on) for part in (slope, query, out, mass))
+            found = _part_back(s, q, keys[None, :, place], values[None, :, place], o, m, False, ctx.scaling)
             for part, more in zip(on, found[0][0].split([p.stop - p.start for p in on], 1), strict=True):
                 d_query[:, part] += more
             d_key[:, place] += found[1][0]
