@@ -155,7 +155,8 @@ def _fan_back(
     for layer, slope, place in zip(layers, slopes, _places(layers), strict=True):
         d_weight = product(slope.T, x.T) if layer.weight.requires_grad else None
         adapted = d_a is not None and low is not None and layer.b is not None
-        d_b = product(slope.T, low[:, place].contiguous().T).mul_(layer.scale) if adapted else None  # type: ignore[index]
+        # Not slope^T low, for which oneDNN would copy slope^T.
+        d_b = product(low[:, place].T, slope.T).mul_(layer.scale).T if adapted else None  # type: ignore[index]
         of_layers += [d_weight, d_a[place] if adapted else None, d_b, None]  # type: ignore[index]
     return dx, of_layers
 
