@@ -21,6 +21,7 @@ Layout = Literal[
 ]
 Method = Literal["sft", "reward", "dpo", "ppo", "grpo"]
 Update = Literal["lora", "full"]
+Weights = Literal["auto", "float32", "stored"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Price = Annotated[float, Field(ge=0.0)]
 
@@ -131,6 +132,11 @@ class LoraSpec(Spec):
     alpha: float = Field(default=32.0, gt=0, description="scale: the update is alpha / rank * B A x")
     learning_rate: float | None = Field(default=None, gt=0, lt=1, description="overrides train.learning_rate for lora")
     target: list[str] | None = Field(default=None, description="names of linear layers; all but the head unless given")
+    weights: Weights = Field(
+        default="auto",
+        description="how the frozen base is kept in memory: as stored takes half where that is bfloat16, with the same "
+        "results, and is slower; auto where float32 would take over half of the memory",
+    )
 
 
 class PreferenceSpec(Spec):
@@ -218,6 +224,11 @@ class Recipe(Spec):
     policy: PolicySpec = PolicySpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     out: str | None = Field(default=None, description="run folder; runs/<recipe name> unless given")
+
+    @property
+    def weights(self) -> Weights:
+        """How the base is kept in memory; full fine-tuning moves every weight, in float32."""
+        return "float32" if "full" in self.update else self.lora.weights
 
     @field_validator("reward", mode="before")
     @classmethod

@@ -61,7 +61,9 @@ class Screen:
 
     def derived(self, values: Sequence[Derived]) -> None:
         """Values that were filled in, each with its reason."""
-        self.table(["", "value", "why"], [[one.key, f"{one.value:g}", one.reason] for one in values])
+        shown = [one.value if isinstance(one.value, str) else f"{one.value:g}" for one in values]
+        rows = [[one.key, value, one.reason] for one, value in zip(values, shown, strict=True)]
+        self.table(["", "value", "why"], rows)
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Tick]:

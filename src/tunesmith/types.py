@@ -189,5 +189,5 @@ class Derived:
     """One value that the run filled in, and why."""
 
     key: str
-    value: float | int
+    value: float | int | str
     reason: str

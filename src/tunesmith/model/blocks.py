@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .attention import Attend
@@ -49,14 +50,19 @@ class Block:
         return all(type(layer) in (Linear, LoraLinear) and layer.bias is None for layer in layers)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Blocks:
-    """The parts of a model below its output layer. They are the model's own modules, adapters included."""
+    """The parts of a model below its output layer. They are the model's own modules, adapters included.
+
+    `recompute` says whether training keeps only what goes into each block and computes the rest again, with the same
+    gradients, when they are taken (Chen et al. 2016, arXiv 1604.06174).
+    """
 
     embed: nn.Module
     rotary: nn.Module
     blocks: tuple[Block, ...]
     norm: RmsNorm
+    recompute: bool = False
 
     @property
     def trains(self) -> bool:
@@ -70,15 +76,12 @@ class Blocks:
         x = self.embed(tokens)
         turn = self._turn(x, positions)
         for layer, block in enumerate(self.blocks):
-            inward = [_dense(part) for part in (block.q, block.k, block.v)]
-            heads = into_attention(x, block.norm.weight, block.norm.variance_epsilon, turn, inward)
-            query, key, value = (part.transpose(0, 1) for part in heads)
-            seen = attend(layer, query, key, value, block.scaling, None).transpose(0, 1).flatten(1)
-            if block is self.blocks[-1]:  # nobody looks at the other places again
-                x, seen = pick(x, index), pick(seen, index)
-            x = out_of_attention(x, seen, _dense(block.o))
-            wide = [_dense(part) for part in (block.gate, block.up, block.down)]
-            x = gated(x, block.norm_again.weight, block.norm_again.variance_epsilon, wide)
+            ends = index if block is self.blocks[-1] else None  # nobody looks at the other places again
+            if self.recompute:
+                again = {"use_reentrant": False, "preserve_rng_state": False}
+                x = checkpoint(_through, x, layer, block, turn, attend, ends, **again)  # type: ignore[assignment]
+            else:
+                x = _through(x, layer, block, turn, attend, ends)
         return self.norm(x)
 
     @torch.no_grad()
@@ -162,6 +165,26 @@ def _block(layer: nn.Module) -> Block | None:
         up=mlp.up_proj,
         down=mlp.down_proj,
     )
+
+
+def _through(
+    x: Float[Tensor, "T D"],
+    layer: int,
+    block: Block,
+    turn: tuple[Tensor, Tensor],
+    attend: Attend,
+    index: Int[Tensor, "S"] | None,
+) -> Float[Tensor, "S D"]:
+    """What the block numbered `layer` makes of x, at some or all places, with gradients."""
+    inward = [_dense(part) for part in (block.q, block.k, block.v)]
+    heads = into_attention(x, block.norm.weight, block.norm.variance_epsilon, turn, inward)
+    query, key, value = (part.transpose(0, 1) for part in heads)
+    seen = attend(layer, query, key, value, block.scaling, None).transpose(0, 1).flatten(1)
+    if index is not None:
+        x, seen = pick(x, index), pick(seen, index)
+    x = out_of_attention(x, seen, _dense(block.o))
+    wide = [_dense(part) for part in (block.gate, block.up, block.down)]
+    return gated(x, block.norm_again.weight, block.norm_again.variance_epsilon, wide)
 
 
 def _dense(module: nn.Module) -> Dense:

@@ -3,10 +3,14 @@
 PyTorch sends float32 products on a CPU to MKL, which on AMD processors stays at AVX2. oneDNN, in the same build, uses
 AVX-512 where the processor has it; without it, it is the slower of the two, but for very wide outputs. A few rows go
 faster as columns. Every way is true float32; docs/speed.md has the rates on both kinds of machine.
+
+A frozen matrix may be stored in bfloat16 or float16. It is widened to float32 slice by slice as it is multiplied, which
+loses nothing: the sums are those of a matrix stored in float32, bit for bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,15 +21,16 @@ from torch import Tensor, nn
 ONEDNN = torch.backends.mkldnn.is_available()
 WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 FEW_ROWS, MANY_COLUMNS = 64, 16_384
+SLICE, LARGE_SLICE = 2**19, 2**25  # numbers widened at once: as many as stay in the cache, or as are quickly multiplied
 
 
 def product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
-    """x @ weight.T without autograd. `weight` may be a transposed view."""
+    """x @ weight.T without autograd. `weight` may be a transposed view, and stored in fewer bits than x."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or not x.shape[0]:
-        return x @ weight.T
+        return x @ weight.to(x.dtype).T
     if ONEDNN and (WIDE_VECTORS or weight.shape[0] >= MANY_COLUMNS):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return (weight @ x.T).T.contiguous() if 1 < x.shape[0] <= FEW_ROWS else x @ weight.T
+        return _widened(_onednn, x, weight)
+    return _widened(_as_columns if 1 < x.shape[0] <= FEW_ROWS else F.linear, x, weight)
 
 
 def steady_product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
@@ -37,7 +42,29 @@ def steady_product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Flo
         return product(x, weight)
     if x.shape[0] == 1:
         return steady_product(x.expand(2, -1).contiguous(), weight)[:1]
+    return _widened(_onednn, x, weight)
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _as_columns(x: Tensor, weight: Tensor) -> Tensor:
+    return (weight @ x.T).T.contiguous()
+
+
+def _widened(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+    """multiply(x, weight), of a narrower `weight` with as many rows at a time as are widened at once."""
+    if weight.dtype == x.dtype:
+        return multiply(x, weight)
+    size = SLICE if len(x) <= FEW_ROWS else LARGE_SLICE
+    parts = weight.split(max(1, size // weight.shape[1]))
+    return torch.cat([multiply(x, part.to(x.dtype)) for part in parts], 1)
+
+
+def met_as(weight: Tensor) -> torch.dtype:
+    """The type in which `weight` is multiplied: on a CPU float32, however it is stored."""
+    return torch.float32 if weight.device.type == "cpu" else weight.dtype
 
 
 class _Linear(torch.autograd.Function):
@@ -74,8 +101,27 @@ class Linear(nn.Linear):
         return _Linear.apply(input, self.weight, self.bias)  # type: ignore[return-value]
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding that widens the rows it looks up."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """A row of the matrix for each index."""
+        return super().forward(input).to(met_as(self.weight))
+
+
 def use_fast_linear(module: nn.Module) -> None:
     """Make every plain nn.Linear below `module` a Linear, in place, keeping its parameters."""
     for child in module.modules():
         if type(child) is nn.Linear:
             child.__class__ = Linear
+
+
+def widen_others(module: nn.Module) -> None:
+    """Make float32, in place, what is no matrix of a Linear or of a plain nn.Embedding, and that an Embedding."""
+    for child in module.modules():
+        if type(child) is nn.Embedding:
+            child.__class__ = Embedding
+    stay = {child.weight for child in module.modules() if isinstance(child, (Linear, Embedding))}
+    for tensor in {*module.parameters(), *module.buffers()} - stay:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()

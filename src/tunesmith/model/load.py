@@ -32,15 +32,18 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from ..errors import ModelError
 from ..folder import RunFolder, is_run_folder, manifest_problem, read_json, sha256_file
+from ..recipe import Weights
 from ..tensors import Layout
+from ..types import Derived
 from ..world import World
 from .attention import NAME, PackedAttention, register
 from .blocks import Blocks, blocks_of
 from .builtin import builtin_model, cache_folder
 from .fused import use_fused
 from .gguf import convert_gguf
-from .linear import Linear, use_fast_linear
+from .linear import Linear, use_fast_linear, widen_others
 from .merge import merge_files
+from .stored import FLOAT32, kept_as
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 _RUNS_CODE = {"auto_map", "trust_remote_code", "attn_implementation"}
@@ -66,11 +69,13 @@ class Model:
     """A causal language model, ready for the engine.
 
     `packs` says whether rows may share one stream; `blocks`, where the architecture has them, are its own forward pass.
+    `weights` is the type in which matrices are kept, with the reason.
     """
 
     hf: PreTrainedModel
     vocabulary: Vocabulary
     packs: bool
+    weights: Derived = FLOAT32
     blocks: Blocks | None = None
     notes: tuple[str, ...] = ()
 
@@ -197,16 +202,19 @@ def load_vocabulary(base: str) -> Vocabulary:
     )
 
 
-def load(base: str, world: World, *, dtype: torch.dtype | None = None) -> Model:
-    """Load a base model for training on `world.device`. Raises ModelError with the file to look at."""
+def load(base: str, world: World, weights: Weights = "auto") -> Model:
+    """Load a base model for training on `world.device`. Raises ModelError with the file to look at.
+
+    What `weights` keeps in fewer bits than float32 on a CPU is mapped from its files and must stay frozen.
+    """
     vocabulary = load_vocabulary(base)
     register()
-    dtype = dtype or (torch.bfloat16 if world.device.type == "cuda" else torch.float32)
     try:
+        kept = _on_gpu() if world.device.type == "cuda" else kept_as(vocabulary.folder, weights, world)
         with without_progress_bars():
             hf, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 vocabulary.folder,
-                dtype=dtype,
+                dtype=kept.value,
                 attn_implementation=NAME,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -219,21 +227,26 @@ def load(base: str, world: World, *, dtype: torch.dtype | None = None) -> Model:
     hf.to(world.device)
     hf.eval()
     use_fast_linear(hf)
-    if world.device.type == "cpu" and dtype == torch.float32:
+    if world.device.type == "cpu":
+        if kept.value != "float32":
+            widen_others(hf)
         use_fused(hf)
     notes = list(vocabulary.notes)
     difference = probe(hf, world.device)
     if math.isnan(difference):
         raise _unreadable(vocabulary.folder, "its log-probabilities are not numbers")
-    packs = difference < (5e-2 if dtype == torch.bfloat16 else 1e-3)
+    packs = difference < (5e-2 if world.device.type == "cuda" else 1e-3)
     if not packs:
         hf.set_attn_implementation("eager")  # the reference: others drop what they do not know (soft caps, sinks)
         notes.append(
             f"{type(hf).__name__} answers differently when packed ({difference:.1e}); one example a row instead"
         )
-    return Model(
-        hf=hf, vocabulary=vocabulary, packs=packs, blocks=probed_blocks(hf) if packs else None, notes=tuple(notes)
-    )
+    blocks = probed_blocks(hf) if packs else None
+    return Model(hf=hf, vocabulary=vocabulary, packs=packs, weights=kept, blocks=blocks, notes=tuple(notes))
+
+
+def _on_gpu() -> Derived:
+    return Derived(key="lora.weights", value="bfloat16", reason="the type that a GPU multiplies")
 
 
 def _unreadable(folder: Path, error: Exception | str) -> ModelError:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .linear import Linear, product
+from .linear import Linear, met_as, product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +142,7 @@ def merge_lora(module: nn.Module) -> None:
     """Add every adapter to its weights, W + s B A, and leave plain Linear layers."""
     for layer in lora_layers(module).values():
         update = product(layer.lora_b, layer.lora_a.T) * layer.scale
-        layer.weight.copy_(layer.weight.float() + update)
+        layer.weight.data = (layer.weight.float() + update).to(met_as(layer.weight))
         del layer.lora_a, layer.lora_b
         layer.__class__ = Linear  # type: ignore[assignment]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .adapters import Adapter
-from .linear import Linear, steady_product
+from .linear import Linear, met_as, steady_product
 from .load import Model
 from .sample import Row
 
@@ -83,7 +83,8 @@ class Adapters:
         scale = adapter.shape.alpha / adapter.shape.rank
         for layer, (a, b) in adapter.pairs.items():
             weight = self.layers[layer].weight
-            self.layers[layer].low_rank[name] = (a.to(weight), (scale * b).to(weight))
+            how = {"device": weight.device, "dtype": met_as(weight)}
+            self.layers[layer].low_rank[name] = (a.to(**how), (scale * b).to(**how))
 
     def remove(self, name: str) -> None:
         """Forget an adapter; its rows must have left."""

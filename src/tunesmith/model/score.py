@@ -71,7 +71,7 @@ def target_log_probs(
 
 def all_log_probs(hidden: Float[Tensor, "S D"], weight: Float[Tensor, "V D"]) -> Float[Tensor, "S V"]:
     """The whole distribution at each position, for KL and for sampling. No gradient."""
-    return torch.log_softmax(product(hidden.float(), weight.float()), dim=-1)
+    return torch.log_softmax(product(hidden.float(), weight), dim=-1)
 
 
 class _TargetLogProbs(torch.autograd.Function):
@@ -79,13 +79,14 @@ class _TargetLogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         log_probs = torch.empty(hidden.shape[0], device=hidden.device)
         slope = torch.empty_like(hidden) if hidden.requires_grad else None
+        wide = weight.to(hidden.dtype)  # once, if it is stored in fewer bits: every tile meets all of it twice
         for rows in _tiles(hidden.shape[0], TILE):
-            tile, peak, mass = _exponentials(hidden[rows], weight)
-            chosen = weight.index_select(0, targets[rows])
+            tile, peak, mass = _exponentials(hidden[rows], wide)
+            chosen = wide.index_select(0, targets[rows])
             logits = (hidden[rows] * chosen).sum(-1, dtype=torch.float32)
             log_probs[rows] = logits - peak - mass.log()
             if slope is not None:
-                mean = product(tile.to(weight.dtype), weight.T) / mass[:, None]
+                mean = product(tile.to(wide.dtype), wide.T) / mass[:, None]
                 slope[rows] = chosen - mean.to(slope.dtype)
         ctx.save_for_backward(slope, hidden if weight.requires_grad else None, weight, targets)
         return log_probs

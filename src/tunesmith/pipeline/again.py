@@ -42,7 +42,7 @@ def open_model(name: str, world: World, update: str = "") -> Model:
     if wanted not in ("lora", "full", "base"):
         raise RecipeError(f"unknown update {wanted!r}", where="--update", fix="Choose lora, full or base.")
     if wanted == "base":
-        return load(recipe.base, world)
+        return load(recipe.base, world, recipe.weights)
     made = folder.adapter if wanted == "lora" else folder.model
     if not made.is_dir():
         raise FolderError(
@@ -52,7 +52,7 @@ def open_model(name: str, world: World, update: str = "") -> Model:
         )
     if wanted == "full":
         return load(str(made), world)
-    model = load(recipe.base, world)
+    model = load(recipe.base, world, recipe.weights)
     load_adapter(model, made)
     return model
 

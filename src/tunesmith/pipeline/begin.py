@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import FolderError, RecipeError
 from ..folder import RunFolder, is_run_folder, locked, only_begun, open_run, read_json, write_json, write_jsonl
 from ..model.load import Model, load
+from ..model.stored import FLOAT32
 from ..recipe import Recipe, dump_recipe
 from ..screen import Screen
 from ..train.meter import machine
@@ -65,11 +66,13 @@ def one_update(recipe: Recipe) -> None:
 def load_base(recipe: Recipe, world: World, screen: Screen) -> Model:
     """The base model, announced."""
     screen.stage("Base model", recipe.base)
-    base = load(recipe.base, world)
+    base = load(recipe.base, world, recipe.weights)
     for note in base.notes:
         screen.warn(note)
     size = f"{base.parameters / 1e6:,.0f} M parameters" if base.parameters > 1e6 else f"{base.parameters:,} parameters"
     screen.line(f"{size}, context {base.vocabulary.context_tokens:,} tokens, {world.device}")
+    if base.weights is not FLOAT32:
+        screen.line(f"weights in {base.weights.value}: {base.weights.reason}")
     return base
 
 

@@ -52,7 +52,7 @@ def forecast(recipe: Recipe, world: World, screen: Screen) -> None:
     data = prepare(recipe, load_vocabulary(recipe.base), screen)
     for update in recipe.update:
         screen.stage("Training", update)
-        model = load(recipe.base, world)
+        model = load(recipe.base, world, recipe.weights)
         settings = derive(recipe, update, model, data.train)
         strength = recipe.data.rehearse
         texts = own_texts(model, TIMED_TEXTS, recipe.train.seed) if strength else []

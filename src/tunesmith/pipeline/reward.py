@@ -90,7 +90,7 @@ def load_reward(name: str, which: str, world: World) -> Model:
     if recipe.update == ["full"]:
         model = load(str(made), world)
     else:
-        model = load(recipe.base, world)
+        model = load(recipe.base, world, recipe.weights)
         load_adapter(model, made)
     load_value_head(model, made)
     for parameter in model.hf.parameters():
@@ -112,7 +112,7 @@ def _learned(place: Place, name: str, groups: Sequence[Group], pairs: Pairs, see
             train=known["train"],
             pairs=known["pairs"],
         )
-    model = load(recipe.base, world)
+    model = load(recipe.base, world, recipe.weights)
     settings = derive(recipe, recipe.update[0], model, [e for group in groups for e in group], rows=len(groups))
     shape = attach(recipe, recipe.update[0], model, settings)
     attach_value_head(model, seed=seed)

@@ -66,7 +66,7 @@ def tune(
     if record.is_file():
         screen.line(f"{update} was trained before; loading {target.name}/")
         return _finished(recipe, update, target, read_json(record), world)
-    model = load(recipe.base, world)
+    model = load(recipe.base, world, recipe.weights)
     settings = derive(recipe, update, model, material.train)
     rows = min(settings.epochs * len(material.train), settings.batch * (recipe.train.max_steps or math.inf))
     rehearsal = rehearsed(recipe, texts_for(rows), model, folder, world, screen)
@@ -252,7 +252,7 @@ def _validate(update: Update, model: Model, material: Material, world: World) ->
 
 def _finished(recipe: Recipe, update: Update, target: Path, record: dict, world: World) -> Tuned:
     if update == "lora":
-        model = load(recipe.base, world)
+        model = load(recipe.base, world, recipe.weights)
         load_adapter(model, target)
     else:
         model = load(str(target), world)

@@ -12,7 +12,8 @@ import torch
 
 from ..errors import TunesmithError
 from ..folder import RunFolder, read_json
-from ..train.meter import free_bytes, resident_bytes
+from ..memory import free_bytes
+from ..train.meter import resident_bytes
 from .jobs import Store, list_jobs
 from .locks import worker_of
 

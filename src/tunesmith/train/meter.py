@@ -7,23 +7,14 @@ import ctypes.util
 import os
 import platform
 import resource
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from ..memory import available_bytes, numbers_in
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-_ROOT = Path("/sys/fs/cgroup")
-# Limit, use and statistics of a control group, as its second and its first version name them.
-_GROUP = (
-    (_ROOT / "memory.max", _ROOT / "memory.current", _ROOT / "memory.stat"),
-    (
-        _ROOT / "memory" / "memory.limit_in_bytes",
-        _ROOT / "memory" / "memory.usage_in_bytes",
-        _ROOT / "memory" / "memory.stat",
-    ),
-)
 
 
 def reset_peak_memory() -> None:
@@ -61,29 +52,6 @@ def release_memory() -> None:
         ctypes.CDLL(libc).malloc_trim(0)
 
 
-def available_bytes(device: torch.device) -> int:
-    """Memory that a run may use: the device's free memory, or the machine's or its control group's limit."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for limit, _, _ in _GROUP:
-        limits += _numbers(limit)
-    return min(limits)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that nobody uses now: the device's, or the machine's within its control group's limit."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = [1024 * found for found in _numbers(Path("/proc/meminfo"), "MemAvailable:")]
-    for limit, use, stat in _GROUP:
-        limits, used = _numbers(limit), _numbers(use)
-        if limits and used:
-            cached = sum(_numbers(stat, "inactive_file"))  # files that the kernel drops when memory is wanted
-            free.append(limits[0] - used[0] + cached)
-    return min(free, default=available_bytes(device))
-
-
 def resident_bytes(pid: int) -> int:
     """What a process of this machine holds in memory, 0 where that cannot be told."""
     return _status("VmRSS", Path(f"/proc/{pid}/status"))
@@ -112,13 +80,4 @@ def _cpu_name() -> str:
 
 def _status(key: str, path: Path = _STATUS) -> int:
     """A kB line of /proc/PID/status in bytes, 0 where there is none."""
-    return 1024 * sum(_numbers(path, f"{key}:"))
-
-
-def _numbers(path: Path, key: str = "") -> list[int]:
-    """The number of a file that is one, or of its lines that begin with `key`; none where there is no such file."""
-    with suppress(OSError):  # a process may have ended
-        lines = [line.split() for line in path.read_text().splitlines()]
-        words = [line[1] if key else line[0] for line in lines if line and key in ("", line[0])]
-        return [int(word) for word in words if word.isdigit()]
-    return []
+    return 1024 * sum(numbers_in(path, f"{key}:"))

@@ -15,14 +15,16 @@ import numpy as np
 import torch
 
 from ..errors import TrainingError
+from ..memory import available_bytes
 from ..model.linear import Linear
 from ..model.load import Model
 from ..model.score import score
+from ..model.stored import FLOAT32
 from ..recipe import Method, Recipe, Update
 from ..tensors import Batch, Loss, StepSource
 from ..types import Derived, Example
 from .checkpoint import trainable
-from .meter import available_bytes, memory_bytes, peak_memory_bytes, reset_peak_memory
+from .meter import memory_bytes, peak_memory_bytes, reset_peak_memory
 
 DRY_STEPS, SEARCHED_STEPS = 3, 64
 RESERVED = 0.9  # share of the memory that a run may plan with
@@ -55,8 +57,8 @@ class Prediction:
 class _Settling:
     """Values as they are settled, each with where it came from."""
 
-    def __init__(self) -> None:
-        self.notes: list[Derived] = []
+    def __init__(self, model: Model) -> None:
+        self.notes: list[Derived] = [] if model.weights is FLOAT32 else [model.weights]
 
     def __call__(self, key: str, given: float | int | None, value: float | int, reason: str) -> float | int:
         """What the recipe gives, else `value`."""
@@ -72,7 +74,7 @@ def derive(
 
     `rows` is what a batch counts where that is not Examples: pairs.
     """
-    settle = _Settling()
+    settle = _Settling(model)
     rows = rows or len(examples)
     spec = recipe.train
     lengths = [len(example.tokens) for example in examples]
@@ -118,7 +120,7 @@ def derive(
 
 def derive_policy(recipe: Recipe, update: Update, model: Model, answers: int, longest_tokens: int) -> Settings:
     """The same for rollouts of `answers` answers, the longest with its prompt of `longest_tokens`."""
-    settle = _Settling()
+    settle = _Settling(model)
     spec, policy = recipe.train, recipe.policy
     ppo = recipe.method == "ppo"
     why = "passes over each rollout (ppo)" if ppo else "one pass over each rollout keeps learning on the policy (grpo)"

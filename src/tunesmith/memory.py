@@ -1,0 +1,52 @@
+"""Memory that may be used: a device's, or the machine's within the limit of its control group."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+_ROOT = Path("/sys/fs/cgroup")
+# Limit, use and statistics of a control group, as its second and its first version name them.
+_GROUP = (
+    (_ROOT / "memory.max", _ROOT / "memory.current", _ROOT / "memory.stat"),
+    (
+        _ROOT / "memory" / "memory.limit_in_bytes",
+        _ROOT / "memory" / "memory.usage_in_bytes",
+        _ROOT / "memory" / "memory.stat",
+    ),
+)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a run may use: the device's free memory, or the machine's or its control group's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit, _, _ in _GROUP:
+        limits += numbers_in(limit)
+    return min(limits)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody uses now: the device's, or the machine's within its control group's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = [1024 * found for found in numbers_in(Path("/proc/meminfo"), "MemAvailable:")]
+    for limit, use, stat in _GROUP:
+        limits, used = numbers_in(limit), numbers_in(use)
+        if limits and used:
+            cached = sum(numbers_in(stat, "inactive_file"))  # files that the kernel drops when memory is wanted
+            free.append(limits[0] - used[0] + cached)
+    return min(free, default=available_bytes(device))
+
+
+def numbers_in(path: Path, key: str = "") -> list[int]:
+    """The number of a file that is one, or of its lines that begin with `key`; none where there is no such file."""
+    with suppress(OSError):  # a process may have ended
+        lines = [line.split() for line in path.read_text().splitlines()]
+        words = [line[1] if key else line[0] for line in lines if line and key in ("", line[0])]
+        return [int(word) for word in words if word.isdigit()]
+    return []
