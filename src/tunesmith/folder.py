@@ -75,6 +75,10 @@ class RunFolder:
         """The fully tuned model as a transformers folder."""
         return self.path / "model"
 
+    def handed_over(self, update: str) -> Path:
+        """What training an update leaves: a model, or the adapter of `lora` or `economy`."""
+        return {"full": self.model, "lora": self.adapter}.get(update, self.path / update)
+
     def answers(self, arm: str) -> Path:
         """Every prompt, answer and score of one arm. Raises ValueError for an arm that is not a plain name."""
         if not arm or arm.startswith(".") or set(arm) & set("/\\\0"):

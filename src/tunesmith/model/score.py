@@ -51,7 +51,7 @@ def hidden_states(model: Model, batch: Batch) -> Float[Tensor, "S D"]:
     if model.blocks and not torch.is_grad_enabled():
         hidden = model.blocks.answer(batch.tokens, batch.positions, attend)
     elif model.blocks and model.blocks.trains:
-        hidden = model.blocks.train(batch.tokens, batch.positions, attend)
+        hidden = model.blocks.train(batch.tokens, batch.positions, attend, batch.states)
     else:
         hidden = model.body(
             input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, attend=attend
