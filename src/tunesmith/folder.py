@@ -116,9 +116,8 @@ def is_run_folder(path: Path) -> bool:
 def only_begun(folder: RunFolder) -> bool:
     """Whether the run wrote down what it was going to do, and nothing yet that took work."""
     names = {child.name for child in folder.path.iterdir()}
-    return folder.ledger.name in names and names <= {
-        p.name for p in (folder.recipe, folder.ledger, folder.plan, folder.lock)
-    }
+    begun = {p.name for p in (folder.recipe, folder.ledger, folder.plan, folder.lock)}
+    return folder.ledger.name in names and names <= begun
 
 
 def open_run(path: Path, recipe_text: str) -> RunFolder:
@@ -385,10 +384,8 @@ def _sweep(folder: Path) -> None:
 def _cut_torn_line(file: Any) -> None:
     """Truncate an open file to its last newline."""
     end = file.seek(0, os.SEEK_END)
-    if end == 0:
-        return
-    file.seek(end - 1)
-    if file.read(1) == b"\n":
+    file.seek(max(end - 1, 0))
+    if file.read(1) in (b"", b"\n"):
         return
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)

@@ -129,7 +129,9 @@ class LoraSpec(Spec):
         default=None, gt=0, le=1024, description="width of the adapter; from trained tokens unless given"
     )
     alpha: float = Field(default=32.0, gt=0, description="scale: the update is alpha / rank * B A x")
-    learning_rate: float | None = Field(default=None, gt=0, lt=1, description="overrides train.learning_rate for lora and economy")
+    learning_rate: float | None = Field(
+        default=None, gt=0, lt=1, description="overrides train.learning_rate for lora and economy"
+    )
     target: list[str] | None = Field(default=None, description="names of linear layers; all but the head unless given")
     upper: float = Field(
         default=0.33, gt=0, le=1, description="economy: share of the blocks, from the last, that are adapted"
@@ -213,7 +215,9 @@ class Recipe(Spec):
     data: DataSpec
     task: TaskSpec = TaskSpec()
     method: Method = "sft"
-    update: list[Update] = Field(default_factory=lambda: ["lora"], description="lora, full, economy, or several to compare them")
+    update: list[Update] = Field(
+        default_factory=lambda: ["lora"], description="lora, full, economy, or several to compare them"
+    )
     train: TrainSpec = TrainSpec()
     lora: LoraSpec = LoraSpec()
     preference: PreferenceSpec = PreferenceSpec()

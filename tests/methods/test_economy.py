@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tunesmith.errors import FolderError
+from tunesmith.folder import write_bytes
 from tunesmith.methods.economy import KeptStates, keeps_states, paths_of, reach
 from tunesmith.methods.rehearsal import Rehearsal, own_text
 from tunesmith.methods.sft import CrossEntropy, SftSteps
+from tunesmith.model.attention import PackedAttention
 from tunesmith.model.load import Model, load
 from tunesmith.model.lora import LoraShape, attach_lora, lora_layers
 from tunesmith.model.score import score
@@ -76,9 +78,7 @@ def test_a_rows_path_is_every_token_that_it_continues_and_its_own(drawn: list[tu
     assert [path.tolist() for path in paths_of(layout)] == expected
 
 
-def test_kept_states_are_those_of_each_row_alone(
-    adapted: Model, tiny_examples: list[Example], tmp_path: Path
-) -> None:
+def test_kept_states_are_those_of_each_row_alone(adapted: Model, tiny_examples: list[Example], tmp_path: Path) -> None:
     rows = tiny_examples[:40]
     kept, alone = KeptStates(steps(rows), adapted, tmp_path), {example.id: example.tokens for example in rows}
     seen = set()
@@ -87,16 +87,11 @@ def test_kept_states_are_those_of_each_row_alone(
             assert batch.states is not None
             for path, name in zip(paths_of(batch.layout), batch.ids, strict=True):
                 tokens = torch.from_numpy(alone[name])
-                out = adapted.hf(tokens[None], output_hidden_states=True, attend=_alone(len(tokens)))
+                attend = PackedAttention(Layout(lengths=(len(tokens),), parents=(-1,)))
+                out = adapted.hf(tokens[None], output_hidden_states=True, attend=attend)
                 torch.testing.assert_close(batch.states[path], out.hidden_states[1][0], rtol=1e-5, atol=1e-6)
                 seen.add(name)
     assert len(seen) > 30
-
-
-def _alone(length: int) -> object:
-    from tunesmith.model.attention import PackedAttention
-
-    return PackedAttention(Layout(lengths=(length,), parents=(-1,)))
 
 
 def test_gradients_are_those_of_the_models_own_forward(
@@ -193,9 +188,7 @@ def test_a_full_disk_is_told_in_words(tiny_model_folder: Path, tiny_examples: li
     assert [path.name for path in tmp_path.iterdir()] == ["said"]
 
 
-def test_useful_flops_count_frozen_blocks_forward_and_once_a_row(
-    adapted: Model, tiny_examples: list[Example]
-) -> None:
+def test_useful_flops_count_frozen_blocks_forward_and_once_a_row(adapted: Model, tiny_examples: list[Example]) -> None:
     block = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
     assert adapted.lower_parameters == block
     rows = tiny_examples[:40]
@@ -204,3 +197,35 @@ def test_useful_flops_count_frozen_blocks_forward_and_once_a_row(
     source = steps(rows, epochs=4.0)
     found = flops(adapted, "economy", source.row_tokens(), 160, reach(source, adapted))
     assert found == pytest.approx(2 * block * tokens + 4 * 4 * (block * tokens + adapted.head_weight.numel() * scored))
+
+
+def _a_rank(rank: int, folder: str, rows: list[Example], out: Path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{out}/meet", rank=rank, world_size=2)
+    world = World(rank=rank, size=2)
+    source = SftSteps(rows, batch=16, epochs=3.0, budget_tokens=300, world=world)
+    kept = KeptStates(source, upper(load(folder, world)), out / "states")
+    for number, batch in enumerate(kept(1)):
+        assert batch.states is not None
+        write_bytes(out / f"{rank}-{number}", batch.states.numpy().tobytes())
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_share_the_computing_and_each_has_the_states_of_its_rows(
+    tiny_model_folder: Path, adapted: Model, tiny_examples: list[Example], tmp_path: Path
+) -> None:
+    rows, start = tiny_examples[:40], get_context("spawn").Process
+    ranks = [start(target=_a_rank, args=(rank, str(tiny_model_folder), rows, tmp_path)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert len(list((tmp_path / "states").iterdir())) == 2
+    for rank in range(2):
+        source = SftSteps(rows, batch=16, epochs=3.0, budget_tokens=300, world=World(rank=rank, size=2))
+        for number, batch in enumerate(source(1)):
+            whole = PackedAttention(batch.layout)
+            assert adapted.blocks
+            expected = adapted.blocks.below(1, batch.tokens, batch.positions, whole)
+            found = np.frombuffer((tmp_path / f"{rank}-{number}").read_bytes(), np.float32).reshape(expected.shape)
+            np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)

@@ -91,9 +91,7 @@ def _contrasts(recipe: Recipe, found: Findings) -> list[Contrast]:
     order = ["lora", "economy", "full"]
     for tuned in found.trained:
         others = [
-            name
-            for name in found.measurements
-            if name not in found.trained or order.index(tuned) < order.index(name)
+            name for name in found.measurements if name not in found.trained or order.index(tuned) < order.index(name)
         ]
         for other in others:
             a, b = found.measurements[tuned], found.measurements[other]

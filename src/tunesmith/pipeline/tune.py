@@ -26,7 +26,7 @@ from ..tensors import Loss, StepSource
 from ..train.checkpoint import load_weights, trainable
 from ..train.meter import peak_memory_bytes, release_memory, reset_peak_memory
 from ..train.optim import Optimization
-from ..train.plan import Prediction, Reach, Settings, derive, flops, predict
+from ..train.plan import EVERYWHERE, Prediction, Reach, Settings, derive, flops, predict
 from ..types import Example, Grade, Item
 from ..world import World
 from .loop import Outcome, Undertaking, best_weights, carry_out
@@ -158,7 +158,7 @@ def planned(
     sizes: Sequence[float],
     screen: Screen,
     world: World,
-    reach: Reach = Reach(),
+    reach: Reach = EVERYWHERE,
 ) -> Prediction:
     """The prediction for one model, made once and kept in plan.json; shown with the derived values."""
     plan = read_json(folder.plan)
@@ -189,7 +189,7 @@ def account(
     sizes: Sequence[float],
     prediction: Prediction,
     world: World,
-    reach: Reach = Reach(),
+    reach: Reach = EVERYWHERE,
 ) -> dict[str, Any]:
     """What training took (`train` in results.json); the best weights are put into the model."""
     peak = peak_memory_bytes(world.device)

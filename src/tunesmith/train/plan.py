@@ -67,6 +67,9 @@ class Reach:
     row_tokens: float = 0.0
 
 
+EVERYWHERE = Reach()
+
+
 class _Settling:
     """Values as they are settled, each with where it came from."""
 
@@ -181,7 +184,7 @@ def predict(
     update: Update,
     sizes: Sequence[float],
     batch: int,
-    reach: Reach = Reach(),
+    reach: Reach = EVERYWHERE,
 ) -> Prediction:
     """Time forward and backward passes of a few steps, weights untouched; memory from the heaviest of them.
 
@@ -249,9 +252,7 @@ def _refuse_too_big(moving: float, fixed: float, heaviest: Batch, longest: int, 
     )
 
 
-def flops(
-    model: Model, update: Update, sizes: Sequence[float], examples: float, reach: Reach = Reach()
-) -> float:
+def flops(model: Model, update: Update, sizes: Sequence[float], examples: float, reach: Reach = EVERYWHERE) -> float:
     """Useful training FLOPs per weight and token: 6 for full tuning, 4 under adapters (frozen weights get no gradient).
 
     Frozen blocks below all adapters need 2, once a row where their states are kept; the head, its 6 or 4 where scored.
