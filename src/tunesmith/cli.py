@@ -124,7 +124,7 @@ def plan(recipe: RecipePath, set_: Overrides = None, debug: Debug = False) -> No
 def evaluate(
     run_folder: RunPath,
     data: Annotated[str, typer.Option(help="Rows to answer, in any layout the recipe reads.")],
-    update: Annotated[str, typer.Option(help="lora, full or base.")] = "",
+    update: Annotated[str, typer.Option(help="lora, full, economy or base.")] = "",
     debug: Debug = False,
 ) -> None:
     """Answer other rows with a run's model and grade them; prints JSON."""
@@ -147,7 +147,7 @@ def export(
     to: Annotated[str, typer.Option(help="adapter, merged or gguf.", show_default=False)],
     type_: Annotated[str, typer.Option("--type", help="f32, f16, bf16, q8_0, q4_k_m, ...; the kind's own.")] = "",
     out: Annotated[Path | None, typer.Option(help="Folder; RUN/exports/<kind> unless given.")] = None,
-    update: Annotated[str, typer.Option(help="lora or full; the run's subject unless given.")] = "",
+    update: Annotated[str, typer.Option(help="lora, full or economy; the run's subject unless given.")] = "",
     rows: Annotated[int, typer.Option(min=1, help="Test rows to compare answers on.")] = 100,
     unchecked: Annotated[bool, typer.Option("--unchecked", help="Do not compare it with what was judged.")] = False,
     debug: Debug = False,
@@ -227,7 +227,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 finds a free one.")] = 8000,
     key: Annotated[str, typer.Option(envvar="TUNESMITH_KEY", help="What clients send as their API key.")] = "",
     name: Annotated[list[str] | None, typer.Option(help="A host name by which clients call the server.")] = None,
-    update: Annotated[str, typer.Option(help="lora or full; the run's best unless given.")] = "",
+    update: Annotated[str, typer.Option(help="lora, full or economy; the run's best unless given.")] = "",
     batch: Annotated[int, typer.Option(min=1, max=256, help="Answers drawn side by side.")] = 16,
     queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; more are refused with 429.")] = 256,
     context: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and answer.")] = 4096,

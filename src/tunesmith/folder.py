@@ -75,6 +75,10 @@ class RunFolder:
         """The fully tuned model as a transformers folder."""
         return self.path / "model"
 
+    def handed_over(self, update: str) -> Path:
+        """What training an update leaves: a model, or the adapter of `lora` or `economy`."""
+        return {"full": self.model, "lora": self.adapter}.get(update, self.path / update)
+
     def answers(self, arm: str) -> Path:
         """Every prompt, answer and score of one arm. Raises ValueError for an arm that is not a plain name."""
         if not arm or arm.startswith(".") or set(arm) & set("/\\\0"):
@@ -112,9 +116,8 @@ def is_run_folder(path: Path) -> bool:
 def only_begun(folder: RunFolder) -> bool:
     """Whether the run wrote down what it was going to do, and nothing yet that took work."""
     names = {child.name for child in folder.path.iterdir()}
-    return folder.ledger.name in names and names <= {
-        p.name for p in (folder.recipe, folder.ledger, folder.plan, folder.lock)
-    }
+    begun = {p.name for p in (folder.recipe, folder.ledger, folder.plan, folder.lock)}
+    return folder.ledger.name in names and names <= begun
 
 
 def open_run(path: Path, recipe_text: str) -> RunFolder:
@@ -381,10 +384,8 @@ def _sweep(folder: Path) -> None:
 def _cut_torn_line(file: Any) -> None:
     """Truncate an open file to its last newline."""
     end = file.seek(0, os.SEEK_END)
-    if end == 0:
-        return
-    file.seek(end - 1)
-    if file.read(1) == b"\n":
+    file.seek(max(end - 1, 0))
+    if file.read(1) in (b"", b"\n"):
         return
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)

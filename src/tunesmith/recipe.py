@@ -20,7 +20,7 @@ Layout = Literal[
     "auto", "prompt_completion", "messages", "instruction", "text", "preference", "openai_preference", "prompt"
 ]
 Method = Literal["sft", "reward", "dpo", "ppo", "grpo"]
-Update = Literal["lora", "full"]
+Update = Literal["lora", "full", "economy"]
 Weights = Literal["auto", "float32", "stored"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Price = Annotated[float, Field(ge=0.0)]
@@ -130,12 +130,17 @@ class LoraSpec(Spec):
         default=None, gt=0, le=1024, description="width of the adapter; from trained tokens unless given"
     )
     alpha: float = Field(default=32.0, gt=0, description="scale: the update is alpha / rank * B A x")
-    learning_rate: float | None = Field(default=None, gt=0, lt=1, description="overrides train.learning_rate for lora")
+    learning_rate: float | None = Field(
+        default=None, gt=0, lt=1, description="overrides train.learning_rate for lora and economy"
+    )
     target: list[str] | None = Field(default=None, description="names of linear layers; all but the head unless given")
     weights: Weights = Field(
         default="auto",
         description="how the frozen base is kept in memory: as stored takes half where that is bfloat16, with the same "
         "results, and is slower; auto where float32 would take over half of the memory",
+    )
+    upper: float = Field(
+        default=0.33, gt=0, le=1, description="economy: share of the blocks, from the last, that are adapted"
     )
 
 
@@ -216,7 +221,9 @@ class Recipe(Spec):
     data: DataSpec
     task: TaskSpec = TaskSpec()
     method: Method = "sft"
-    update: list[Update] = Field(default_factory=lambda: ["lora"], description="lora, full, or both to compare them")
+    update: list[Update] = Field(
+        default_factory=lambda: ["lora"], description="lora, full, economy, or several to compare them"
+    )
     train: TrainSpec = TrainSpec()
     lora: LoraSpec = LoraSpec()
     preference: PreferenceSpec = PreferenceSpec()
@@ -244,7 +251,7 @@ class Recipe(Spec):
     @classmethod
     def _each_once(cls, value: list[Update]) -> list[Update]:
         if not value or len(set(value)) != len(value):
-            raise ValueError("name lora, full, or each of them once")
+            raise ValueError("name lora, full, economy, or several of them once each")
         return value
 
 

@@ -50,7 +50,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One forward pass. `index[s]` is the stream position whose next token, `targets[s]`, is scored."""
+    """One forward pass. `index[s]` is the stream position whose next token, `targets[s]`, is scored.
+
+    `states`, where they are known beforehand, are what the frozen lower blocks make of the tokens.
+    """
 
     tokens: Int[Tensor, "T"]
     positions: Int[Tensor, "T"]
@@ -61,6 +64,7 @@ class Batch:
     owner: Int[Tensor, "S"]
     ids: tuple[str, ...]
     extra: Mapping[str, Float[Tensor, "S"]] = field(default_factory=dict)
+    states: Float[Tensor, "T D"] | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -74,6 +78,7 @@ class Batch:
             owner=self.owner.to(device),
             ids=self.ids,
             extra={name: values.to(device) for name, values in self.extra.items()},
+            states=None if self.states is None else self.states.to(device),
         )
 
 

@@ -142,6 +142,25 @@ def test_we_read_what_peft_writes(rslora: bool, target: list[str], fresh_model: 
     torch.testing.assert_close(logits(fresh_model), plain_logits(theirs), rtol=0, atol=1e-5)
 
 
+def test_an_adapter_of_the_upper_blocks_goes_to_peft_and_comes_back(
+    fresh_model: Model, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    shape = LoraShape(rank=4, alpha=8.0, lowest=1)
+    attach_lora(fresh_model.hf, shape, head=fresh_model.head)
+    assert {name.split(".")[2] for name in lora_layers(fresh_model.hf)} == {"1"}
+    shake(fresh_model)
+    save_adapter(fresh_model, shape, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model_folder), str(tmp_path / "adapter")
+    )
+    torch.testing.assert_close(plain_logits(theirs), logits(fresh_model), rtol=0, atol=1e-5)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    for folder in ("adapter", "theirs"):
+        again = load(str(tiny_model_folder), World())
+        assert load_adapter(again, tmp_path / folder).lowest == 1
+        assert torch.equal(logits(again), logits(fresh_model))
+
+
 def other_base(folder: Path, out: Path, **changes: int) -> Model:
     shutil.copytree(folder, out)
     config = LlamaConfig.from_pretrained(folder)

@@ -25,12 +25,12 @@ NAMES = ["", "a", "b"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> dict[str, Path]:
-    """Two random adapters of the tiny model."""
+    """Two random adapters of the tiny model, the second in its upper block only."""
     made = {}
     draw = torch.Generator().manual_seed(0)
-    for name, rank in (("a", 4), ("b", 6)):
+    for name, rank, lowest in (("a", 4, 0), ("b", 6, 1)):
         model = load(str(tiny_model_folder), World())
-        shape = LoraShape(rank=rank, alpha=3.0 * rank, seed=rank)
+        shape = LoraShape(rank=rank, alpha=3.0 * rank, seed=rank, lowest=lowest)
         attach_lora(model.hf, shape, head=model.head)
         with torch.no_grad():
             for layer in lora_layers(model.hf).values():

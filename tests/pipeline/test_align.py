@@ -220,6 +220,7 @@ def _alone(length: int) -> Any:
         ({"reward": ""}, "needs a reward"),
         ({"reward": "nowhere"}, "not a finished run"),
         ({"update": ["lora", "full"]}, "trains one model"),
+        ({"update": "economy"}, "has no economy"),
         ({"reward": "own.py:nothing"}, "no such file"),
     ],
 )

@@ -18,7 +18,10 @@ import yaml
 from tunesmith import load_recipe, run
 from tunesmith.errors import FolderError, RecipeError
 from tunesmith.folder import RunFolder, read_json, read_jsonl, write_jsonl
+from tunesmith.model.lora import lora_layers
+from tunesmith.pipeline.again import open_model
 from tunesmith.recipe import parse_recipe
+from tunesmith.world import World
 
 Make = Callable[..., dict[str, Any]]
 
@@ -92,6 +95,22 @@ def test_the_update_with_the_lower_loss_is_the_subject(job: Callable[..., RunFol
     losses = {name: read_json(folder.path / "trained" / f"{name}.json")["valid_metric"] for name in ("lora", "full")}
     assert found["subject"] == min(losses, key=lambda name: losses[name])
     assert set(found["arms"]["majority"]["metrics"]) == {"exact_match"}
+
+
+def test_an_economy_run_is_compared_with_the_others_and_leaves_an_adapter_and_no_states(
+    job: Callable[..., RunFolder],
+) -> None:
+    folder = job({"update": ["lora", "full", "economy"], "train": {"batch": 8, "epochs": 2}})
+    found = results(folder)
+    assert found["arms"]["economy"]["train"]["flops"] < 0.9 * found["arms"]["lora"]["train"]["flops"]
+    assert set(found["economy_versus_full"]) == set(found["lora_versus_full"])
+    pairs = [(one["a"], one["b"]) for one in found["contrasts"] if one["metric"] == "exact_match"]
+    tuned = {pair for pair in pairs if set(pair) <= {"lora", "full", "economy"}}
+    assert tuned == {("lora", "full"), ("lora", "economy"), ("economy", "full")}
+    adapted = lora_layers(open_model(str(folder.path), World(), "economy").hf)
+    assert {name.split(".")[2] for name in adapted} == {"1"}
+    assert not list(folder.path.rglob("states-*"))
+    assert "Economy (upper layers) " in folder.report.read_text()
 
 
 def test_choices_can_decide(job: Callable[..., RunFolder], tmp_path: Path) -> None:

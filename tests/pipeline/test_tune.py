@@ -37,7 +37,7 @@ def recipe(tiny_model_folder: Path, tmp_path: Path) -> Recipe:
             "base": str(tiny_model_folder),
             "data": {"train": "rows.jsonl"},
             "update": ["lora", "full"],
-            "train": {"batch": 8, "epochs": 1, "max_steps": 10, "evaluations": 3, "learning_rate": 0.01},
+            "train": {"batch": 8, "epochs": 2, "max_steps": 10, "evaluations": 3, "learning_rate": 0.01},
             "lora": {"rank": 4},
         }
     )
@@ -50,7 +50,7 @@ def material(tiny_examples: list[Example]) -> Material:
         for word in ("abc", "dad", "fee")
     ]
     return Material(
-        train=tiny_examples[:80],
+        train=tiny_examples[:40],
         valid=tiny_examples[80:90],
         valid_items=items,
         metric="exact_match",
@@ -77,7 +77,7 @@ def work(recipe: Recipe, material: Material, monkeypatch: pytest.MonkeyPatch) ->
 def hashes(path: Path, update: Update) -> dict[str, str]:
     """SHA-256 of every file that is handed over, and of the best weights."""
     folder = RunFolder(path=path)
-    target = folder.adapter if update == "lora" else folder.model
+    target = folder.handed_over(update)
     files = [*sorted(target.rglob("*")), folder.checkpoints / update / "best.safetensors"]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -105,7 +105,7 @@ def dies_at(operation: int, path: Path, work: Callable[[], object]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("update", ["lora", "full"])
+@pytest.mark.parametrize("update", ["lora", "full", "economy"])
 def test_a_kill_before_any_file_operation_changes_no_byte(
     update: Update, work: Callable[[Path, Update], Tuned], fork: Fork, tmp_path: Path
 ) -> None:
@@ -124,10 +124,11 @@ def test_a_kill_before_any_file_operation_changes_no_byte(
     assert hashes(killed, update) == hashes(whole, update)
     assert losses(killed) == losses(whole)
     assert not list(killed.rglob("*.tmp"))
+    assert not list(killed.rglob("states-*"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("update", ["lora", "full"])
+@pytest.mark.parametrize("update", ["lora", "full", "economy"])
 def test_a_kill_at_any_moment_changes_no_byte(
     update: Update, work: Callable[[Path, Update], Tuned], fork: Fork, tmp_path: Path
 ) -> None:

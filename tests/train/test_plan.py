@@ -40,11 +40,12 @@ def prediction(model: Model, examples: Sequence[Example], budget: int = 512) -> 
     return predict(model, source(examples, budget), CrossEntropy(), "full", sizes, 16)
 
 
-@pytest.mark.parametrize("update", ["lora", "full"])
+@pytest.mark.parametrize("update", ["lora", "full", "economy"])
 def test_every_derived_value_has_a_reason(update: str, tiny_model: Model, tiny_examples: list[Example]) -> None:
     settings = derive(recipe(), update, tiny_model, tiny_examples)  # type: ignore[arg-type]
-    keys = ["train.epochs", "train.batch", f"{update}.learning_rate", "lora.rank", "train.microbatch_tokens"]
-    assert [one.key for one in settings.derived] == [key for key in keys if update == "lora" or key != "lora.rank"]
+    own = {"lora": ["lora.rank"], "full": [], "economy": ["lora.lowest", "lora.rank"]}[update]
+    keys = ["train.epochs", "train.batch", f"{update}.learning_rate", *own, "train.microbatch_tokens"]
+    assert [one.key for one in settings.derived] == keys
     assert all(len(one.reason) > 20 for one in settings.derived)
     assert [one.value for one in settings.derived if one.key == "train.batch"] == [settings.batch]
 
@@ -160,3 +161,10 @@ def test_the_machine_is_described_in_words_and_numbers() -> None:
     assert found["torch"] == torch.__version__
     assert found["memory_bytes"] == available_bytes(CPU)
     assert available_bytes(CPU) > memory_bytes(CPU)
+
+
+def test_economy_adapts_the_share_of_the_blocks_that_the_recipe_names(
+    tiny_model: Model, tiny_examples: list[Example]
+) -> None:
+    for upper, lowest in ((0.01, 1), (0.5, 1), (0.8, 0), (1.0, 0)):
+        assert derive(recipe(lora={"upper": upper}), "economy", tiny_model, tiny_examples).lowest == lowest

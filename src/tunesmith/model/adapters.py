@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..folder import write_json, write_manifest, written_aside
 from .load import Model, without_progress_bars
-from .lora import LoraShape, attach_lora, lora_layers
+from .lora import LoraShape, attach_lora, block_of, lora_layers
 
 _PREFIX = "base_model.model."
 _BEYOND_PLAIN = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
@@ -54,6 +54,8 @@ def save_adapter(model: Model, shape: LoraShape, out: Path, beside: Beside = not
             "init_lora_weights": True,
             "use_rslora": False,
         }
+        if shape.lowest:
+            config["layers_to_transform"] = sorted({block_of(name) for name in lora_layers(model.hf)} - {None})
         write_json(folder / "adapter_config.json", config)
         model.tokenizer.save_pretrained(folder)
         beside(folder)
@@ -97,7 +99,9 @@ def read_adapter(folder: Path) -> Adapter:
     names = {name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in tensors}
     scale_rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
     alpha = config["lora_alpha"] / scale_rank * config["r"]
-    shape = LoraShape(rank=config["r"], alpha=alpha, target=tuple(sorted({name.rsplit(".", 1)[-1] for name in names})))
+    leaves = tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
+    lowest = min((block_of(name) or 0 for name in names), default=0)
+    shape = LoraShape(rank=config["r"], alpha=alpha, target=leaves, lowest=lowest)
     try:
         sides = {name: [tensors[f"{_PREFIX}{name}.lora_{side}.weight"] for side in "AB"] for name in names}
     except KeyError as error:

@@ -44,10 +44,20 @@ class Block:
     down: nn.Module
 
     @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """The matrices."""
+        return (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
+
+    @property
     def plain(self) -> bool:
         """Whether every layer is a matrix, with or without one adapter, and nothing else."""
-        layers = (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
-        return all(type(layer) in (Linear, LoraLinear) and layer.bias is None for layer in layers)
+        return all(type(layer) in (Linear, LoraLinear) and layer.bias is None for layer in self.layers)
+
+    @property
+    def trained(self) -> bool:
+        """Whether training changes anything in it."""
+        parts = (self.norm, self.norm_again, *self.layers)
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -69,13 +79,31 @@ class Blocks:
         """Whether `train` knows every layer."""
         return self.norm.weight.dtype == torch.float32 and all(block.plain for block in self.blocks)
 
+    @property
+    def frozen(self) -> int:
+        """How many blocks, from the first, training does not change."""
+        if any(parameter.requires_grad for parameter in self.embed.parameters()):
+            return 0
+        return next((place for place, block in enumerate(self.blocks) if block.trained), len(self.blocks))
+
     def train(
-        self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], attend: Attend, index: Int[Tensor, "S"]
+        self,
+        tokens: Int[Tensor, "T"],
+        positions: Int[Tensor, "T"],
+        attend: Attend,
+        index: Int[Tensor, "S"],
+        states: Float[Tensor, "T D"] | None = None,
     ) -> Float[Tensor, "S D"]:
-        """Final hidden states at some places of a stream, with gradients."""
-        x = self.embed(tokens)
+        """Final hidden states at some places of a stream, with gradients from the first trained block on.
+
+        `states` are what comes before it, if that is known.
+        """
+        first = self.frozen
+        if states is None:
+            states = self.below(first, tokens, positions, attend) if first else self.embed(tokens)
+        x: Tensor = states
         turn = self._turn(x, positions)
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.blocks[first:], start=first):
             ends = index if block is self.blocks[-1] else None  # nobody looks at the other places again
             if self.recompute:
                 again = {"use_reentrant": False, "preserve_rng_state": False}
@@ -93,10 +121,22 @@ class Blocks:
         index: Int[Tensor, "S"] | None = None,
     ) -> Float[Tensor, "S D"]:
         """Final hidden states at some or all places of a stream, without gradients."""
+        return _rms_norm(self.below(len(self.blocks), tokens, positions, attend, index), self.norm)
+
+    @torch.no_grad()
+    def below(
+        self,
+        block_number: int,
+        tokens: Int[Tensor, "T"],
+        positions: Int[Tensor, "T"],
+        attend: Attend,
+        index: Int[Tensor, "S"] | None = None,
+    ) -> Float[Tensor, "S D"]:
+        """What comes into a block at each place of a stream, without gradients; out of the last at some places."""
         x = self.embed(tokens)
         cos, sin = self._turn(x, positions)
         half = sin.shape[-1] // 2
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.blocks[:block_number]):
             normal = _rms_norm(x, block.norm)
             query, key, value = (
                 _linear(part, normal).unflatten(-1, (-1, block.head_size)) for part in (block.q, block.k, block.v)
@@ -111,7 +151,7 @@ class Blocks:
             x = x.add_(_linear(block.o, seen))
             normal = _rms_norm(x, block.norm_again)
             x.add_(_linear(block.down, F.silu(_linear(block.gate, normal)).mul_(_linear(block.up, normal))))
-        return _rms_norm(x, self.norm)
+        return x
 
     def _turn(self, x: Float[Tensor, "T D"], positions: Int[Tensor, "T"]) -> tuple[Tensor, Tensor]:
         """cos and sin [T 1 d] of the rotary embedding, the first half of sin negative."""

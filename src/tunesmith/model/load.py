@@ -42,6 +42,7 @@ from .builtin import builtin_model, cache_folder
 from .fused import use_fused
 from .gguf import convert_gguf
 from .linear import Linear, use_fast_linear, widen_others
+from .lora import block_of
 from .merge import merge_files
 from .stored import FLOAT32, kept_as
 
@@ -119,8 +120,20 @@ class Model:
     @property
     def product_parameters(self) -> int:
         """Weights that take part in a matrix product per token: linear layers and the head, not the embedding."""
-        layers = [m for m in self.hf.modules() if isinstance(m, (Linear, Conv1D)) and m is not self.head]
-        return sum(layer.weight.numel() for layer in layers) + self.head_weight.numel()
+        return sum(weights for _, weights in self._products()) + self.head_weight.numel()
+
+    @property
+    def lower_parameters(self) -> int:
+        """Those of them in blocks that lie before everything trained, so that no gradient passes."""
+        trained = [block_of(name) for name, parameter in self.hf.named_parameters() if parameter.requires_grad]
+        lowest = min((0 if block is None else block for block in trained), default=0)
+        return sum(weights for name, weights in self._products() if (block_of(name) or 0) < lowest)
+
+    def _products(self) -> Iterator[tuple[str, int]]:
+        """Name and number of weights of every linear layer but the head."""
+        for name, module in self.hf.named_modules():
+            if isinstance(module, (Linear, Conv1D)) and module is not self.head:
+                yield name, module.weight.numel()
 
 
 def resolve(base: str) -> Path:
@@ -157,11 +170,12 @@ def _of_run(run: RunFolder) -> Path:
         raise ModelError("a reward model gives scores, not answers", where=f"base: {where}", fix="Name it as reward:.")
     if not run.results.is_file():
         raise ModelError("the run has not finished", where=f"base: {where}", fix=fix)
-    if read_json(run.results).get("subject") == "full":
+    subject = str(read_json(run.results).get("subject"))
+    if subject == "full":
         return run.model
     merged = run.path / "merged"
     if not merged.is_dir() or manifest_problem(merged, hashes=False):
-        merge_files(resolve(recipe["base"]), run.adapter, merged)
+        merge_files(resolve(recipe["base"]), run.handed_over(subject), merged)
     return merged
 
 

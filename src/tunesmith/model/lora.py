@@ -22,12 +22,16 @@ from .linear import Linear, met_as, product
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraShape:
-    """Resolved size of an adapter. `target` names linear layers; None means all but the head."""
+    """Resolved size of an adapter. `target` names linear layers; None means all but the head.
+
+    Blocks before number `lowest` have none; where there are such, layers outside the blocks have none either.
+    """
 
     rank: int
     alpha: float
     target: tuple[str, ...] | None = None
     seed: int = 0
+    lowest: int = 0
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -91,7 +95,7 @@ def attach_lora(module: nn.Module, shape: LoraShape, *, head: nn.Module | None =
         parameter.requires_grad_(False)
     total = 0
     for name, child in module.named_modules():
-        if not isinstance(child, Linear) or not _wanted(name, child, shape, head):
+        if not isinstance(child, Linear) or not wanted(name, shape, is_head=child is head):
             continue
         child.__class__ = LoraLinear
         assert isinstance(child, LoraLinear)
@@ -147,9 +151,16 @@ def merge_lora(module: nn.Module) -> None:
         layer.__class__ = Linear  # type: ignore[assignment]
 
 
-def _wanted(name: str, layer: nn.Module, shape: LoraShape, head: nn.Module | None) -> bool:
-    leaf = name.rsplit(".", 1)[-1]
-    return leaf in shape.target if shape.target else layer is not head
+def wanted(name: str, shape: LoraShape, *, is_head: bool = False) -> bool:
+    """Whether the linear layer of this name gets an adapter."""
+    if shape.lowest and (block_of(name) or 0) < shape.lowest:
+        return False
+    return name.rsplit(".", 1)[-1] in shape.target if shape.target else not is_head
+
+
+def block_of(name: str) -> int | None:
+    """The number of the block that a layer or parameter of this name belongs to; None outside the blocks."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def _initial_a(name: str, layer: Linear, shape: LoraShape) -> Tensor:

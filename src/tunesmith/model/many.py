@@ -16,6 +16,7 @@ from ..errors import ModelError
 from .adapters import Adapter
 from .linear import Linear, met_as, steady_product
 from .load import Model
+from .lora import wanted
 from .sample import Row
 
 
@@ -68,10 +69,9 @@ class Adapters:
 
     def check(self, adapter: Adapter) -> None:
         """Raise ModelError unless the adapter fits this base."""
-        meant = adapter.shape.target or ()
-        wanted = {name: layer for name, layer in self.layers.items() if name.rsplit(".", 1)[-1] in meant}
-        adapter.check(wanted)
-        if self.model.head in wanted.values():
+        meant = {name: layer for name, layer in self.layers.items() if wanted(name, adapter.shape)}
+        adapter.check(meant)
+        if self.model.head in meant.values():
             fix = "Leave the output layer out of lora.target, or serve the run alone with update: full."
             what = "the adapter changes the output layer, which rows share"
             raise ModelError(what, where=str(adapter.folder), fix=fix)

@@ -51,7 +51,7 @@ def hidden_states(model: Model, batch: Batch) -> Float[Tensor, "S D"]:
     if model.blocks and not torch.is_grad_enabled():
         return model.blocks.answer(batch.tokens, batch.positions, attend, batch.index)
     if model.blocks and model.blocks.trains:
-        return model.blocks.train(batch.tokens, batch.positions, attend, batch.index)
+        return model.blocks.train(batch.tokens, batch.positions, attend, batch.index, batch.states)
     hidden = model.body(
         input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, attend=attend
     ).last_hidden_state[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from rich.console import Console
@@ -23,7 +23,7 @@ from ..folder import RunFolder, is_run_folder, read_json, read_jsonl, write_json
 from ..model.adapters import load_adapter
 from ..model.load import Model, load
 from ..model.sample import Sampling, sample
-from ..recipe import DataSpec, Recipe, load_recipe
+from ..recipe import DataSpec, Recipe, Update, load_recipe
 from ..screen import Screen
 from ..types import Conversation, Measurement, Message
 from ..world import World
@@ -39,11 +39,11 @@ def open_model(name: str, world: World, update: str = "") -> Model:
     if recipe.method == "reward":
         raise RecipeError("a reward model gives scores, not answers", where=name, fix="Name the run of a policy.")
     wanted = update or (read_json(folder.results)["subject"] if folder.results.is_file() else recipe.update[0])
-    if wanted not in ("lora", "full", "base"):
-        raise RecipeError(f"unknown update {wanted!r}", where="--update", fix="Choose lora, full or base.")
+    if wanted not in (*get_args(Update), "base"):
+        raise RecipeError(f"unknown update {wanted!r}", where="--update", fix="Choose lora, full, economy or base.")
     if wanted == "base":
         return load(recipe.base, world, recipe.weights)
-    made = folder.adapter if wanted == "lora" else folder.model
+    made = folder.handed_over(wanted)
     if not made.is_dir():
         raise FolderError(
             f"the run has no {made.name}/",

@@ -57,7 +57,10 @@ def needs_held_out(recipe: Recipe) -> None:
 
 
 def one_update(recipe: Recipe) -> None:
-    """Raises RecipeError where a method that trains one model is asked for two."""
+    """Raises RecipeError where a method that trains one model, by lora or full, is asked for something else."""
+    if recipe.update == ["economy"]:
+        what = f"method {recipe.method} has no economy, which is for answers that are imitated (sft)"
+        raise RecipeError(what, where="update", fix="Choose lora or full.")
     if len(recipe.update) > 1:
         fix = "Choose lora or full; compare two runs with `tunesmith compare`."
         raise RecipeError(f"method {recipe.method} trains one model a run", where="update", fix=fix)

@@ -163,7 +163,7 @@ def _read(run_folder: Path, wanted: Wanted) -> Job:
     if kind == "adapter" and update == "full":
         what = "all weights were tuned, so there is no adapter"
         raise RecipeError(what, where="--to adapter", fix="Use --to merged.")
-    made = folder.adapter if update == "lora" else folder.model
+    made = folder.handed_over(update)
     if problem := manifest_problem(made):
         raise FolderError(f"not what the run handed over: {problem}", where=str(made), fix="Run the recipe again.")
     answers = read_jsonl(folder.answers(update))[: wanted.rows]
@@ -260,7 +260,7 @@ def _write(job: Job, reference: Reference, vocabulary: Vocabulary, folder: Path)
 
 def _write_adapter(job: Job, vocabulary: Vocabulary, folder: Path) -> None:
     """The run's adapter, naming its base so that peft finds it from anywhere."""
-    for path in sorted(job.folder.adapter.iterdir()):
+    for path in sorted(job.folder.handed_over(job.update).iterdir()):
         if path.is_file() and path.name != "manifest.json":
             shutil.copyfile(path, folder / path.name)
     config = read_json(folder / "adapter_config.json")
@@ -279,7 +279,7 @@ def _write_merged(job: Job, vocabulary: Vocabulary, folder: Path, dtype: torch.d
     if job.update == "full":
         write_plain(job.folder.model, None, folder, dtype)
     else:
-        write_plain(resolve(job.recipe.base), job.folder.adapter, folder, dtype)
+        write_plain(resolve(job.recipe.base), job.folder.handed_over(job.update), folder, dtype)
     vocabulary.tokenizer.save_pretrained(folder)
     generation = folder / "generation_config.json"
     kept = read_json(generation) if generation.is_file() else {}

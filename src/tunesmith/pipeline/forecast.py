@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..errors import RecipeError
 from ..evaluate.metrics import is_binary
 from ..evaluate.stats import smallest_difference
+from ..methods.economy import KeptStates, keeps_states, reach
 from ..methods.rehearsal import Rehearsal, own_texts
 from ..methods.sft import CrossEntropy
 from ..model.load import Vocabulary, load, load_vocabulary
@@ -59,10 +61,13 @@ def forecast(recipe: Recipe, world: World, screen: Screen) -> None:
         attach(recipe, update, model, settings)
         rehearsal = Rehearsal(texts=texts, strength=strength)
         source = steps_of(recipe, settings, data.train, rehearsal, model, world)
-        cost = predict(model, source, CrossEntropy(), update, source.row_tokens(), settings.batch)
+        far = reach(source, model)
+        cost = predict(model, source, CrossEntropy(), update, source.row_tokens(), settings.batch, far)
         screen.derived(settings.derived)
         memory = f"{cost.peak_memory_bytes / 1e9:.1f} GB at the peak"
         screen.line(f"{source.steps} steps: about {cost.seconds:.0f} s, {memory}, {cost.flops:.2g} FLOPs")
+        if keeps_states(source, model):
+            screen.line(KeptStates(source, model, Path()).told)
     screen.stage("Evidence")
     screen.line(what_rows_show(recipe, len(data.test_items))[1])
 

@@ -73,23 +73,25 @@ def conclude(recipe: Recipe, found: Findings) -> dict[str, Any]:
     }
     if same:
         results["distill"] = {**found.facts["distill"], "equivalence": asdict(same)}
-    if {"lora", "full"} <= set(found.trained):
-        scores = {
-            name: found.measurements[name].scores[metric].tolist() for name in ("lora", "full", found.best_prompted)
-        }
-        lower = not higher_is_better(metric)
-        results["lora_versus_full"] = lora_versus_full(
-            arms, scores, found.best_prompted, lower_is_better=lower, level=level, seed=seed
-        )
+    for tuned in ("lora", "economy"):
+        if {tuned, "full"} <= set(found.trained):
+            scores = {
+                name: found.measurements[name].scores[metric].tolist() for name in (tuned, "full", found.best_prompted)
+            }
+            lower = not higher_is_better(metric)
+            results[f"{tuned}_versus_full"] = lora_versus_full(
+                arms, scores, found.best_prompted, lower_is_better=lower, tuned=tuned, level=level, seed=seed
+            )
     return results
 
 
 def _contrasts(recipe: Recipe, found: Findings) -> list[Contrast]:
     """Each tuned arm minus every other arm, on each metric that both have."""
     rows = []
+    order = ["lora", "economy", "full"]
     for tuned in found.trained:
         others = [
-            name for name in found.measurements if name != tuned and (name not in found.trained or tuned == "lora")
+            name for name in found.measurements if name not in found.trained or order.index(tuned) < order.index(name)
         ]
         for other in others:
             a, b = found.measurements[tuned], found.measurements[other]

@@ -13,6 +13,7 @@ import numpy as np
 from ..evaluate.measure import example_losses, measure
 from ..evaluate.systems import Prompting
 from ..folder import RunFolder, read_json, read_jsonl, write_json, write_jsonl
+from ..methods.economy import KeptStates, keeps_states, reach
 from ..methods.rehearsal import Rehearsal, own_text, own_texts, texts_for
 from ..methods.sft import CrossEntropy, SftSteps
 from ..model.adapters import load_adapter, save_adapter, save_model
@@ -25,7 +26,7 @@ from ..tensors import Loss, StepSource
 from ..train.checkpoint import load_weights, trainable
 from ..train.meter import peak_memory_bytes, release_memory, reset_peak_memory
 from ..train.optim import Optimization
-from ..train.plan import Prediction, Settings, derive, flops, predict
+from ..train.plan import EVERYWHERE, Prediction, Reach, Settings, derive, flops, predict
 from ..types import Example, Grade, Item
 from ..world import World
 from .loop import Outcome, Undertaking, best_weights, carry_out
@@ -61,7 +62,7 @@ def tune(
     screen: Screen,
 ) -> Tuned:
     """Train, or pick up where an earlier process stopped; a finished update is only loaded."""
-    target = folder.adapter if update == "lora" else folder.model
+    target = folder.handed_over(update)
     record = folder.path / "trained" / f"{update}.json"
     if record.is_file():
         screen.line(f"{update} was trained before; loading {target.name}/")
@@ -73,12 +74,18 @@ def tune(
     shape = attach(recipe, update, model, settings)
     source = steps_of(recipe, settings, material.train, rehearsal, model, world)
     sizes = source.row_tokens()
-    prediction = planned(folder, update, update, settings, source, CrossEntropy(), model, sizes, screen, world)
+    far = reach(source, model)
+    prediction = planned(folder, update, update, settings, source, CrossEntropy(), model, sizes, screen, world, far)
+    kept = KeptStates(source, model, folder.checkpoints / update) if keeps_states(source, model) else None
+    if kept:
+        screen.line(kept.told)
     reset_peak_memory()
-    outcome = _train(recipe, update, model, settings, source, material, folder, world, screen)
-    train = account(folder, update, update, model, settings, outcome, sizes, prediction, world)
+    outcome = _train(recipe, update, model, settings, kept or source, material, folder, world, screen)
+    train = account(folder, update, update, model, settings, outcome, sizes, prediction, world, far)
+    if kept:
+        kept.forget()
     if world.leads:
-        if update == "lora":
+        if update != "full":
             save_adapter(model, shape, target)
         else:
             save_model(model, target)
@@ -90,8 +97,14 @@ def tune(
 def attach(recipe: Recipe, update: Update, model: Model, settings: Settings) -> LoraShape:
     """Choose what is trained: adapters on a frozen base, or everything."""
     target = tuple(recipe.lora.target) if recipe.lora.target else None
-    shape = LoraShape(rank=max(settings.rank, 1), alpha=recipe.lora.alpha, target=target, seed=recipe.train.seed)
-    if update == "lora":
+    shape = LoraShape(
+        rank=max(settings.rank, 1),
+        alpha=recipe.lora.alpha,
+        target=target,
+        seed=recipe.train.seed,
+        lowest=settings.lowest,
+    )
+    if update != "full":
         attach_lora(model.hf, shape, head=model.head)
     return shape
 
@@ -145,11 +158,12 @@ def planned(
     sizes: Sequence[float],
     screen: Screen,
     world: World,
+    reach: Reach = EVERYWHERE,
 ) -> Prediction:
     """The prediction for one model, made once and kept in plan.json; shown with the derived values."""
     plan = read_json(folder.plan)
     if name not in plan["arms"]:
-        prediction = predict(model, source, loss, update, sizes, settings.batch)
+        prediction = predict(model, source, loss, update, sizes, settings.batch, reach)
         tokens = sum(sizes) / len(sizes) * source.steps * settings.batch
         plan["arms"][name] = {"steps": source.steps, "tokens": int(tokens), "predicted": asdict(prediction)}
         known = {line["key"] for line in plan["derived"]}
@@ -175,6 +189,7 @@ def account(
     sizes: Sequence[float],
     prediction: Prediction,
     world: World,
+    reach: Reach = EVERYWHERE,
 ) -> dict[str, Any]:
     """What training took (`train` in results.json); the best weights are put into the model."""
     peak = peak_memory_bytes(world.device)
@@ -184,7 +199,7 @@ def account(
         "tokens": outcome.done.tokens,
         "steps": outcome.done.step,
         "best_step": outcome.best["step"],
-        "flops": flops(model, update, sizes, outcome.done.step * settings.batch),
+        "flops": flops(model, update, sizes, outcome.done.step * settings.batch, reach),
         "peak_memory_bytes": peak,
         "trainable_parameters": sum(p.numel() for p in trainable(model.hf).values()),
         "learning_rate": settings.learning_rate,
@@ -210,7 +225,7 @@ def _train(
     update: Update,
     model: Model,
     settings: Settings,
-    source: SftSteps,
+    source: StepSource,
     material: Material,
     folder: RunFolder,
     world: World,
@@ -251,7 +266,7 @@ def _validate(update: Update, model: Model, material: Material, world: World) ->
 
 
 def _finished(recipe: Recipe, update: Update, target: Path, record: dict, world: World) -> Tuned:
-    if update == "lora":
+    if update != "full":
         model = load(recipe.base, world, recipe.weights)
         load_adapter(model, target)
     else:

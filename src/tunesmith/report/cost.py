@@ -58,29 +58,30 @@ def lora_versus_full(
     prompted: str,
     *,
     lower_is_better: bool = False,
+    tuned: str = "lora",
     level: float = 0.95,
     resamples: int = 4000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """LoRA as a share of full fine-tuning: of its gain over the best prompt, and of what it costs to get there.
+    """An adapter as a share of full fine-tuning: of its gain over the best prompt, and of what it costs to get there.
 
-    `scores` holds one number per item for `lora`, `full` and `prompted`, in the same order of items.
+    `scores` holds one number per item for `tuned`, `full` and `prompted`, in the same order of items.
     `quality_fraction` is None, and `quality_note` says why, where full fine-tuning itself shows no gain.
     """
     sign = -1.0 if lower_is_better else 1.0
     base = np.asarray(scores[prompted], dtype=np.float64)
-    lora_gain = sign * (np.asarray(scores["lora"], dtype=np.float64) - base)
+    own_gain = sign * (np.asarray(scores[tuned], dtype=np.float64) - base)
     full_gain = sign * (np.asarray(scores["full"], dtype=np.float64) - base)
-    quality = gain_ratio(lora_gain, full_gain, level=level, resamples=resamples, seed=seed)
+    quality = gain_ratio(own_gain, full_gain, level=level, resamples=resamples, seed=seed)
     note = "" if quality else "full fine-tuning shows no gain over the best prompt, so a share of it means nothing"
-    lora, full = arms["lora"].get("train") or {}, arms["full"].get("train") or {}
+    own, full = arms[tuned].get("train") or {}, arms["full"].get("train") or {}
     return {
         "quality_fraction": asdict(quality) if quality else None,
         "quality_note": note,
-        "flops_fraction": _fraction(lora.get("flops"), full.get("flops")),
-        "seconds_fraction": _fraction(lora.get("seconds"), full.get("seconds")),
-        "memory_fraction": _fraction(lora.get("peak_memory_bytes"), full.get("peak_memory_bytes")),
-        "checkpoint_fraction": _fraction(lora.get("checkpoint_bytes"), full.get("checkpoint_bytes")),
+        "flops_fraction": _fraction(own.get("flops"), full.get("flops")),
+        "seconds_fraction": _fraction(own.get("seconds"), full.get("seconds")),
+        "memory_fraction": _fraction(own.get("peak_memory_bytes"), full.get("peak_memory_bytes")),
+        "checkpoint_fraction": _fraction(own.get("checkpoint_bytes"), full.get("checkpoint_bytes")),
     }
 
 

@@ -100,13 +100,14 @@ def break_even(run: RunRecord) -> str:
     return "break-even not known"
 
 
-def lora_against_full(run: RunRecord) -> str:
-    """What LoRA keeps of full fine-tuning's gain, and at what share of its cost; empty where not compared."""
-    found = part(run.results, "lora_versus_full")
+def against_full(run: RunRecord, arm: str) -> str:
+    """What an adapter keeps of full fine-tuning's gain, and at what share of its cost; empty where not compared."""
+    found, name = part(run.results, f"{arm}_versus_full"), words.arm_label(run, arm)
+    name = name[:1].upper() + name[1:]
     quality = as_estimate(part(found, "quality_fraction"))
     costs = [
-        f"{words.percent(fraction)} of its {name}"
-        for name, key in _COSTS
+        f"{words.percent(fraction)} of its {cost}"
+        for cost, key in _COSTS
         if is_number(fraction := part(found, f"{key}_fraction"))
     ]
     if not found or not costs:
@@ -114,9 +115,9 @@ def lora_against_full(run: RunRecord) -> str:
     share = ", ".join(costs)
     if quality is None:
         note = part(found, "quality_note") or "it was not measured"
-        return f"LoRA took {share}. No share of the gain is given: {note}."
+        return f"{name} took {share}. No share of the gain is given: {note}."
     kept = f"{words.percent(quality.value)} ({words.percent(quality.low)} to {words.percent(quality.high)})"
-    return f"LoRA keeps {kept} of full fine-tuning's gain over the best prompt, for {share}."
+    return f"{name} keeps {kept} of full fine-tuning's gain over the best prompt, for {share}."
 
 
 def score_tile(run: RunRecord, arm: str) -> Tile:

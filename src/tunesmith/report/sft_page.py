@@ -35,7 +35,7 @@ def sft_page(run: RunRecord) -> Page:
             "smallest_difference": _smallest_difference(run),
             "instructions": part(run.results, "task", "instructions") or part(run.recipe, "task", "instructions") or "",
             "break_even": _break_even(run),
-            "lora_against_full": findings.lora_against_full(run),
+            "against_full": [told for arm in run.tuned if (told := findings.against_full(run, arm))],
             "test_reads": run.results.get("test_reads"),
             "outcomes": examples.tally({examples.OUTCOMES[name]: len(rows) for name, rows in groups.items()}),
             "subject": words.arm_label(run, run.subject) if run.subject else "",

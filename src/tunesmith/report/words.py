@@ -36,6 +36,7 @@ _LABELS = {
     "teacher": "teacher with its prompt",
     "lora": "LoRA",
     "full": "full fine-tuning",
+    "economy": "economy (upper layers)",
     "reward": "reward model",
     "length": "longer answer",
     "untrained": "untrained head",

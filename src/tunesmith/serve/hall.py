@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from ..errors import FolderError, ModelError, RecipeError
 from ..folder import RunFolder, is_run_folder, manifest_problem, read_json
 from ..model.adapters import Adapter, read_adapter
 from ..model.load import Model, load, resolve
-from ..recipe import Recipe, load_recipe
+from ..recipe import Recipe, Update, load_recipe
 from ..world import World
 from .engine import Engine, Limits
 
@@ -58,11 +59,13 @@ class Hall:
 
     def prepared(self, path: Path, name: str) -> Adapter:
         """Read a run's adapter from the disk. Raises TunesmithError unless it is a finished run of this base."""
-        tuned = tuned_run(path, "lora")
+        folder = RunFolder(path=path)
+        update = "lora" if folder.adapter.is_dir() or not folder.handed_over("economy").is_dir() else "economy"
+        tuned = tuned_run(path, update)
         if resolve(tuned.base).resolve() != self.base.resolve():
             fix = f"This server holds {self.base_name}; start another for {tuned.base}."
             raise ModelError(f"the run is an adapter of another base, {tuned.base}", where=name, fix=fix)
-        adapter = read_adapter(RunFolder(path=path).adapter)
+        adapter = read_adapter(folder.handed_over(update))
         self.engine.adapters.check(adapter)
         return adapter
 
@@ -144,12 +147,12 @@ def tuned_run(path: Path, update: str) -> Tuned:
     recipe: Recipe = load_recipe(folder.recipe)
     if recipe.method == "reward":
         raise RecipeError("a reward model gives scores, not answers", where=where, fix="Name the run of a policy.")
-    if update not in ("", "lora", "full"):
-        raise RecipeError(f"unknown update {update!r}", where="--update", fix="Choose lora or full.")
+    if update not in ("", *get_args(Update)):
+        raise RecipeError(f"unknown update {update!r}", where="--update", fix="Choose lora, full or economy.")
     if not folder.results.is_file():
         raise FolderError("the run is not finished", where=where, fix="Finish it with `tunesmith run`, then serve it.")
     wanted = update or read_json(folder.results)["subject"]
-    made = folder.model if wanted == "full" else folder.adapter
+    made = folder.handed_over(wanted)
     problem = manifest_problem(made, hashes=False) if made.is_dir() else f"it has no {made.name}/"
     if problem:
         raise FolderError(

@@ -16,8 +16,10 @@ import torch
 
 from ..errors import TrainingError
 from ..memory import available_bytes
+from ..model.attention import PackedAttention
 from ..model.linear import Linear
 from ..model.load import Model
+from ..model.lora import block_of
 from ..model.score import score
 from ..model.stored import FLOAT32
 from ..recipe import Method, Recipe, Update
@@ -43,6 +45,7 @@ class Settings:
     rank: int
     microbatch_tokens: int
     derived: tuple[Derived, ...]
+    lowest: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,21 @@ class Prediction:
     seconds: float
     peak_memory_bytes: float
     flops: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """How far a run's tokens go: the share that the head predicts from, and through frozen lower blocks (economy).
+
+    `rows` rows of `row_tokens` tokens go through those once; further passes over them begin above.
+    """
+
+    scored: float = 1.0
+    rows: float = math.inf
+    row_tokens: float = 0.0
+
+
+EVERYWHERE = Reach()
 
 
 class _Settling:
@@ -88,9 +106,11 @@ def derive(
     )
     rate = _rate(recipe, update, model, settle)
     trained = sum(int((example.weights > 0).sum()) for example in examples)
-    rank = 0
-    if update == "lora":
-        per_rank = _adapter_parameters_per_rank(model)
+    rank = lowest = 0
+    if update == "economy":
+        lowest = _lowest(model, recipe.lora.upper, settle)
+    if update != "full":
+        per_rank = _adapter_parameters_per_rank(model, lowest)
         rank = int(
             settle(
                 "lora.rank",
@@ -115,6 +135,7 @@ def derive(
         rank=rank,
         microbatch_tokens=int(micro),
         derived=tuple(settle.notes),
+        lowest=lowest,
     )
 
 
@@ -145,13 +166,13 @@ def derive_policy(recipe: Recipe, update: Update, model: Model, answers: int, lo
 
 def usual_rate(method: Method, update: Update, width: int) -> float:
     """The learning rate of a method unless the recipe gives one, for a model of hidden size `width`."""
-    value = RATES[method] * 5e-4 * (2000 / width) ** 0.78 / (1 if update == "lora" else 10)
+    value = RATES[method] * 5e-4 * (2000 / width) ** 0.78 / (10 if update == "full" else 1)
     return float(f"{value:.1e}")
 
 
 def _rate(recipe: Recipe, update: Update, model: Model, settle: _Settling) -> float | int:
     width = int(model.head_weight.shape[1])
-    given = recipe.lora.learning_rate if update == "lora" and recipe.lora.learning_rate else recipe.train.learning_rate
+    given = recipe.lora.learning_rate if update != "full" and recipe.lora.learning_rate else recipe.train.learning_rate
     share = RATES[recipe.method]
     why = f"5e-4 x (2000 / {width})^0.78 for LoRA, a tenth for full fine-tuning"
     why += f"; x {share:g} for {recipe.method}" if share != 1 else ""
@@ -159,9 +180,17 @@ def _rate(recipe: Recipe, update: Update, model: Model, settle: _Settling) -> fl
 
 
 def predict(
-    model: Model, source: StepSource, loss: Loss, update: Update, sizes: Sequence[float], batch: int
+    model: Model,
+    source: StepSource,
+    loss: Loss,
+    update: Update,
+    sizes: Sequence[float],
+    batch: int,
+    reach: Reach = EVERYWHERE,
 ) -> Prediction:
     """Time forward and backward passes of a few steps, weights untouched; memory from the heaviest of them.
+
+    Where the states of frozen blocks are kept, their forward pass is timed too, and counted once a row.
 
     Raises TrainingError when the predicted peak does not fit, with the micro-batch that would.
     """
@@ -173,11 +202,18 @@ def predict(
     resting = memory_bytes(model.device)
     _pass(model, heaviest, loss)
     rates = []
+    spared = max(source.steps * batch - reach.rows, 0) * reach.row_tokens / (source.steps * batch * np.mean(sizes))
     for step in steps[1:] or steps:
         start = time.monotonic()
         for one in step:
             _pass(model, one, loss)
-        rates.append((time.monotonic() - start) / sum(len(b.tokens) for b in step))
+        took = time.monotonic() - start
+        if spared:
+            start = time.monotonic()
+            for one in step:
+                _pass_below(model, one)
+            took -= spared * (time.monotonic() - start)
+        rates.append(took / sum(len(b.tokens) for b in step))
     peak = peak_memory_bytes(model.device)
     for parameter in parameters.values():
         parameter.grad = None
@@ -191,7 +227,7 @@ def predict(
     return Prediction(
         seconds=seconds,
         peak_memory_bytes=float(moving + fixed),
-        flops=flops(model, update, sizes, source.steps * batch),
+        flops=flops(model, update, sizes, source.steps * batch, reach),
     )
 
 
@@ -218,15 +254,35 @@ def _refuse_too_big(moving: float, fixed: float, heaviest: Batch, longest: int, 
     )
 
 
-def flops(model: Model, update: Update, sizes: Sequence[float], examples: float) -> float:
-    """Useful training FLOPs per weight and token: 6 for full tuning, 4 for LoRA (frozen weights get no gradient)."""
+def flops(model: Model, update: Update, sizes: Sequence[float], examples: float, reach: Reach = EVERYWHERE) -> float:
+    """Useful training FLOPs per weight and token: 6 for full tuning, 4 under adapters (frozen weights get no gradient).
+
+    Frozen blocks below all adapters need 2, once a row where their states are kept; the head, its 6 or 4 where scored.
+    """
     tokens = float(np.mean(sizes)) * examples
-    return (6 if update == "full" else 4) * model.product_parameters * tokens
+    below = tokens - max(examples - reach.rows, 0) * reach.row_tokens
+    head, lower = model.head_weight.numel(), model.lower_parameters
+    upper = (model.product_parameters - head - lower) * tokens + head * tokens * reach.scored
+    return (6 if update == "full" else 4) * upper + 2 * lower * below
 
 
 def _pass(model: Model, batch: Batch, loss: Loss) -> None:
     batch = batch.to(model.device)
     (loss(score(model, batch, loss.needs), batch).sum / max(loss.count(batch), 1)).backward()
+
+
+def _pass_below(model: Model, batch: Batch) -> None:
+    assert model.blocks
+    batch = batch.to(model.device)
+    model.blocks.below(model.blocks.frozen, batch.tokens, batch.positions, PackedAttention(batch.layout))
+
+
+def _lowest(model: Model, upper: float, settle: _Settling) -> int:
+    """The first block that gets adapters when a share `upper` of them does."""
+    blocks = 1 + max(block_of(name) or 0 for name, _ in model.hf.named_modules())
+    lowest = blocks - max(1, round(upper * blocks))
+    settle("lora.lowest", None, lowest, f"adapters in the upper {blocks - lowest} of {blocks} blocks (lora.upper)")
+    return lowest
 
 
 def _epochs(rows: int, method: Method) -> float:
@@ -249,7 +305,9 @@ def _rank(trained_tokens: int, per_rank: int) -> int:
     return rank
 
 
-def _adapter_parameters_per_rank(model: Model) -> int:
+def _adapter_parameters_per_rank(model: Model, lowest: int) -> int:
     return sum(
-        m.in_features + m.out_features for m in model.hf.modules() if isinstance(m, Linear) and m is not model.head
+        m.in_features + m.out_features
+        for name, m in model.hf.named_modules()
+        if isinstance(m, Linear) and m is not model.head and (block_of(name) or 0) >= lowest
     )
