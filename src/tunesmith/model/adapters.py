@@ -55,7 +55,9 @@ def save_adapter(model: Model, shape: LoraShape, out: Path, beside: Beside = not
             "use_rslora": False,
         }
         if shape.lowest:
-            config["layers_to_transform"] = sorted({block_of(name) for name in lora_layers(model.hf)} - {None})
+            config["layers_to_transform"] = sorted(
+                {block for name in lora_layers(model.hf) if (block := block_of(name)) is not None}
+            )
         write_json(folder / "adapter_config.json", config)
         model.tokenizer.save_pretrained(folder)
         beside(folder)

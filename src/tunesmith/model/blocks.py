@@ -99,9 +99,8 @@ class Blocks:
         `states` are what comes before it, if that is known.
         """
         first = self.frozen
-        if states is None:
-            states = self.below(first, tokens, positions, attend) if first else self.embed(tokens)
-        x: Tensor = states
+        below = self.below(first, tokens, positions, attend) if first and states is None else states
+        x: Tensor = self.embed(tokens) if below is None else below
         turn = self._turn(x, positions)
         for layer, block in enumerate(self.blocks[first:], start=first):
             ends = index if block is self.blocks[-1] else None  # nobody looks at the other places again
