@@ -88,11 +88,13 @@ def tune(
 
 
 def attach(recipe: Recipe, update: Update, model: Model, settings: Settings) -> LoraShape:
-    """Choose what is trained: adapters on a frozen base, or everything."""
+    """Choose what is trained, adapters on a frozen base or everything, and whether blocks are computed twice."""
     target = tuple(recipe.lora.target) if recipe.lora.target else None
     shape = LoraShape(rank=max(settings.rank, 1), alpha=recipe.lora.alpha, target=target, seed=recipe.train.seed)
     if update == "lora":
         attach_lora(model.hf, shape, head=model.head)
+    if model.blocks:
+        model.blocks.recompute = settings.recompute
     return shape
 
 
