@@ -134,7 +134,7 @@ def trained(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
 
 
 def memory() -> dict[str, float]:
-    """Of this process in GB: resident at the peak and now; of that its own, and pages of files, which may be dropped."""
+    """Of this process in GB: resident at the peak and now; of that its own, and pages of files."""
     status = Path("/proc/self/status")
     keys = {"peak": "VmHWM:", "resident": "VmRSS:", "anonymous": "RssAnon:", "files": "RssFile:"}
     return {name: round(1024 * sum(numbers_in(status, key)) / 1e9, 2) for name, key in keys.items()}
