@@ -56,6 +56,35 @@ def test_adapters_count_while_they_are_on(fresh_model: Model) -> None:
         torch.testing.assert_close(both_ways(fresh_model)[0], plain)
 
 
+def test_numbers_computed_again_give_the_same_gradients_and_are_not_kept(fresh_model: Model) -> None:
+    attach_lora(fresh_model.hf, LoraShape(rank=4, alpha=8.0), head=fresh_model.head)
+    layers, blocks = lora_layers(fresh_model.hf).values(), fresh_model.blocks
+    assert blocks
+    kept, found = [], []
+    for blocks.recompute in (False, True):
+        sizes: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            if not isinstance(tensor, torch.nn.Parameter):
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        draw = torch.Generator().manual_seed(1)
+        for layer in layers:
+            layer.lora_b.data.normal_(generator=draw)
+            layer.lora_a.grad = layer.lora_b.grad = None
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            out = blocks.train(torch.arange(15) * 7 % 290, POSITIONS, PackedAttention(LAYOUT), torch.arange(15))
+        kept.append(sum(sizes.values()))
+        out.square().sum().backward()
+        found.append([out, *(side.grad for layer in layers for side in (layer.lora_a, layer.lora_b))])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    blocks.recompute = False
+    block = blocks.step_bytes(15) / (len(blocks.blocks) + 1)  # one is at work
+    assert kept[0] == pytest.approx(len(blocks.blocks) * block, rel=0.3)
+    assert kept[1] < 0.3 * kept[0]
+
+
 @pytest.mark.parametrize(
     ("kind", "config"),
     [(Qwen3ForCausalLM, Qwen3Config), (MistralForCausalLM, lambda **k: MistralConfig(**k, sliding_window=4))],

@@ -76,6 +76,18 @@ def test_a_row_longer_than_the_usual_micro_batch_still_fits(tiny_model: Model) -
     assert derive(recipe(), "full", tiny_model, [long]).microbatch_tokens == 5000
 
 
+def test_blocks_are_computed_again_where_a_micro_batch_has_no_room(
+    tiny_model: Model, tiny_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not derive(recipe(), "lora", tiny_model, tiny_examples).recompute
+    need = plan.HEAP_SLACK * plan._step_bytes(tiny_model, 2048)
+    monkeypatch.setattr(plan, "available_bytes", lambda device: (memory_bytes(CPU) + need / 2) / plan.RESERVED)
+    settings = derive(recipe(), "lora", tiny_model, tiny_examples)
+    assert settings.recompute
+    assert settings.derived[-1].key == "recompute"
+    assert re.search(r"2,048 tokens would take \d\.\d GB", settings.derived[-1].reason)
+
+
 def test_the_prediction_changes_nothing(fresh_model: Model, tiny_model: Model, tiny_examples: list[Example]) -> None:
     found = prediction(fresh_model, tiny_examples)
     assert found.seconds > 0

@@ -86,6 +86,15 @@ class Blocks:
             return 0
         return next((place for place, block in enumerate(self.blocks) if block.trained), len(self.blocks))
 
+    def step_bytes(self, tokens: int) -> int:
+        """What a stream takes at its peak in training, in float32: kept for the gradients, and a block at work."""
+        first = self.blocks[0]
+        width, inner = first.norm.weight.numel(), first.o.weight.shape[1]  # type: ignore[union-attr]
+        wide = first.gate.weight.shape[0]  # type: ignore[union-attr]
+        block = 2 * width + 5 * inner + 2 * wide  # two inputs; q, k, v, seen before and after turning; gate, up
+        kept = len(self.blocks) * width + block if self.recompute else len(self.blocks) * block
+        return 4 * tokens * int(kept + block)
+
     def train(
         self,
         tokens: Int[Tensor, "T"],

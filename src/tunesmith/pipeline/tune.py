@@ -95,7 +95,7 @@ def tune(
 
 
 def attach(recipe: Recipe, update: Update, model: Model, settings: Settings) -> LoraShape:
-    """Choose what is trained: adapters on a frozen base, or everything."""
+    """Choose what is trained, adapters on a frozen base or everything, and whether blocks are computed twice."""
     target = tuple(recipe.lora.target) if recipe.lora.target else None
     shape = LoraShape(
         rank=max(settings.rank, 1),
@@ -106,6 +106,8 @@ def attach(recipe: Recipe, update: Update, model: Model, settings: Settings) -> 
     )
     if update != "full":
         attach_lora(model.hf, shape, head=model.head)
+    if model.blocks:
+        model.blocks.recompute = settings.recompute
     return shape
 
 

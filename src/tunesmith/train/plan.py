@@ -44,6 +44,7 @@ class Settings:
     learning_rate: float
     rank: int
     microbatch_tokens: int
+    recompute: bool
     derived: tuple[Derived, ...]
     lowest: int = 0
 
@@ -128,12 +129,15 @@ def derive(
         budget,
         f"2,048 keep the processor busy; the longest row has {max(lengths):,} tokens",
     )
+    adapter = 0 if update == "full" else rank * _adapter_parameters_per_rank(model, lowest)
+    recompute = _recompute(model, adapter, int(min(micro, sum(lengths))), settle)
     return Settings(
         epochs=float(epochs),
         batch=int(batch),
         learning_rate=float(rate),
         rank=rank,
         microbatch_tokens=int(micro),
+        recompute=recompute,
         derived=tuple(settle.notes),
         lowest=lowest,
     )
@@ -154,12 +158,14 @@ def derive_policy(recipe: Recipe, update: Update, model: Model, answers: int, lo
     micro = settle(
         "train.microbatch_tokens", spec.microbatch_tokens, max(2048, longest_tokens), "2,048 keep the processor busy"
     )
+    recompute = _recompute(model, rank * _adapter_parameters_per_rank(model, 0), int(micro), settle)
     return Settings(
         epochs=float(epochs),
         batch=int(batch),
         learning_rate=float(rate),
         rank=rank,
         microbatch_tokens=int(micro),
+        recompute=recompute,
         derived=tuple(settle.notes),
     )
 
@@ -177,6 +183,28 @@ def _rate(recipe: Recipe, update: Update, model: Model, settle: _Settling) -> fl
     why = f"5e-4 x (2000 / {width})^0.78 for LoRA, a tenth for full fine-tuning"
     why += f"; x {share:g} for {recipe.method}" if share != 1 else ""
     return settle(f"{update}.learning_rate", given, usual_rate(recipe.method, update, width), why)
+
+
+def _recompute(model: Model, adapter_parameters: int, tokens: int, settle: _Settling) -> bool:
+    """Whether a micro-batch fits only if blocks are computed again for their gradients. No adapter: full fine-tuning."""
+    if not (model.blocks and model.blocks.trains):
+        return False
+    states = 16 * adapter_parameters or 12 * model.parameters  # gradient and two moments, and the adapter itself
+    room = RESERVED * available_bytes(model.device) - memory_bytes(model.device) - states
+    need = HEAP_SLACK * _step_bytes(model, tokens)
+    if need <= room:
+        return False
+    why = f"{tokens:,} tokens would take {need / 1e9:.1f} GB beside the weights, which leave {max(room, 0) / 1e9:.1f}"
+    settle("recompute", None, 1, f"{why}; a block's numbers are computed again for its gradients, exactly")
+    return True
+
+
+def _step_bytes(model: Model, tokens: int) -> int:
+    """What a pass over a stream of so many tokens takes at its peak, gradients of weights left out; 0 if not known."""
+    if not model.blocks:
+        return 0
+    widened = 0 if model.head_weight.dtype == torch.float32 else 4 * model.head_weight.numel()
+    return model.blocks.step_bytes(tokens) + widened
 
 
 def predict(
@@ -200,6 +228,9 @@ def predict(
     heaviest = max(looked_at, key=lambda one: len(one.tokens))
     reset_peak_memory()
     resting = memory_bytes(model.device)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+    fixed, longest = float(resting + 3 * weights), math.ceil(max(sizes))
+    _refuse_too_big(float(_step_bytes(model, len(heaviest.tokens))), fixed, heaviest, longest, model.device)
     _pass(model, heaviest, loss)
     rates = []
     spared = max(source.steps * batch - reach.rows, 0) * reach.row_tokens / (source.steps * batch * np.mean(sizes))
@@ -218,9 +249,8 @@ def predict(
     for parameter in parameters.values():
         parameter.grad = None
     trained = sum(parameter.numel() for parameter in parameters.values())
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
-    moving, fixed = HEAP_SLACK * (peak - resting - weights), float(resting + 3 * weights)
-    _refuse_too_big(moving, fixed, heaviest, math.ceil(max(sizes)), model.device)
+    moving = HEAP_SLACK * (peak - resting - weights)
+    _refuse_too_big(moving, fixed, heaviest, longest, model.device)
     tokens_per_step = sum(len(b.tokens) for step in steps for b in step) / len(steps)
     optimizer_seconds = 28 * trained / 15e9
     seconds = source.steps * (float(np.median(rates)) * tokens_per_step + optimizer_seconds)
