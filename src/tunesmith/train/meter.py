@@ -42,6 +42,11 @@ def memory_bytes(device: torch.device) -> int:
     return _status("VmRSS") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def own_bytes() -> int:
+    """Resident bytes now that are no pages of mapped files, which the system may drop and read again; 0 off Linux."""
+    return _status("RssAnon")
+
+
 def release_memory() -> None:
     """Give freed heap pages back to the system. Packed streams differ in length from step to step, so holes add up.
 

@@ -26,7 +26,7 @@ from ..recipe import Method, Recipe, Update
 from ..tensors import Batch, Loss, StepSource
 from ..types import Derived, Example
 from .checkpoint import trainable
-from .meter import memory_bytes, peak_memory_bytes, reset_peak_memory
+from .meter import memory_bytes, own_bytes, peak_memory_bytes, reset_peak_memory
 
 DRY_STEPS, SEARCHED_STEPS = 3, 64
 RESERVED = 0.9  # share of the memory that a run may plan with
@@ -190,13 +190,20 @@ def _recompute(model: Model, adapter_parameters: int, tokens: int, settle: _Sett
     if not (model.blocks and model.blocks.trains):
         return False
     states = 16 * adapter_parameters or 12 * model.parameters  # gradient and two moments, and the adapter itself
-    room = RESERVED * available_bytes(model.device) - memory_bytes(model.device) - states
+    room = RESERVED * available_bytes(model.device) - _resting_bytes(model) - states
     need = HEAP_SLACK * _step_bytes(model, tokens)
     if need <= room:
         return False
     why = f"{tokens:,} tokens would take {need / 1e9:.1f} GB beside the weights, which leave {max(room, 0) / 1e9:.1f}"
     settle("recompute", None, 1, f"{why}; a block's numbers are computed again for its gradients, exactly")
     return True
+
+
+def _resting_bytes(model: Model) -> int:
+    """What is held before a pass. Weights mapped from files count whole, of which the system may have dropped pages."""
+    mapped = [p for p in model.hf.parameters() if p.dtype != torch.float32 and p.device.type == "cpu"]
+    held = own_bytes() + sum(p.numel() * p.element_size() for p in mapped)
+    return max(memory_bytes(model.device), held if mapped else 0)
 
 
 def _step_bytes(model: Model, tokens: int) -> int:
@@ -227,7 +234,7 @@ def predict(
     looked_at = (batch for step in _spread(source.steps, SEARCHED_STEPS) for batch in source(step))
     heaviest = max(looked_at, key=lambda one: len(one.tokens))
     reset_peak_memory()
-    resting = memory_bytes(model.device)
+    resting = _resting_bytes(model)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
     fixed, longest = float(resting + 3 * weights), math.ceil(max(sizes))
     _refuse_too_big(float(_step_bytes(model, len(heaviest.tokens))), fixed, heaviest, longest, model.device)
@@ -249,7 +256,7 @@ def predict(
     for parameter in parameters.values():
         parameter.grad = None
     trained = sum(parameter.numel() for parameter in parameters.values())
-    moving = HEAP_SLACK * (peak - resting - weights)
+    moving = HEAP_SLACK * max(peak - resting - weights, 0)
     _refuse_too_big(moving, fixed, heaviest, longest, model.device)
     tokens_per_step = sum(len(b.tokens) for step in steps for b in step) / len(steps)
     optimizer_seconds = 28 * trained / 15e9
