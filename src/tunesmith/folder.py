@@ -384,10 +384,8 @@ def _sweep(folder: Path) -> None:
 def _cut_torn_line(file: Any) -> None:
     """Truncate an open file to its last newline."""
     end = file.seek(0, os.SEEK_END)
-    if end == 0:
-        return
-    file.seek(end - 1)
-    if file.read(1) == b"\n":
+    file.seek(max(end - 1, 0))
+    if not end or file.read(1) == b"\n":
         return
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
