@@ -288,7 +288,7 @@ def test_a_recipe_that_is_not_utf_8_names_its_line(shell: Shell) -> None:
         ({"task.metrics": "chrf"}, ["unknown key 'task.metrics'", "'task.metric'"]),
         ({"train.learning_rate": 2}, ["train.learning_rate = 2", "less than 1"]),
         ({"data.valid": 1.5}, ["data.valid = 1.5", "less than 1"]),
-        ({"update": ["lara"]}, ["update = 'lara'", "'lora' or 'full'"]),
+        ({"update": ["lara"]}, ["update = 'lara'", "'lora', 'full' or 'economy'"]),
         ({"update": []}, ["update = []: name lora"]),
         ({"task.metric": "exact_mach"}, ["task.metric: unknown metric", "'exact_match'"]),
         ({"task.metric": "regex"}, ["task.pattern"]),

@@ -76,7 +76,7 @@ class RunFolder:
         return self.path / "model"
 
     def handed_over(self, update: str) -> Path:
-        """What training an update leaves: a model, or the adapter of `lora` or `economy`."""
+        """What training an update leaves: a model or an adapter."""
         return {"full": self.model, "lora": self.adapter}.get(update, self.path / update)
 
     def answers(self, arm: str) -> Path:
@@ -385,7 +385,7 @@ def _cut_torn_line(file: Any) -> None:
     """Truncate an open file to its last newline."""
     end = file.seek(0, os.SEEK_END)
     file.seek(max(end - 1, 0))
-    if file.read(1) in (b"", b"\n"):
+    if not end or file.read(1) == b"\n":
         return
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
