@@ -1,7 +1,7 @@
 """Economy against full fine-tuning and LoRA: held-out rows right, loss, FLOPs and seconds, from the same rows.
 
 python bench/economy.py icd10cm_chapters 300 full lora economy:0.33 economy:0.17
-python bench/economy.py icd10cm_chapters 300 economy:0.33:2.6e-3       # at another learning rate
+python bench/economy.py icd10cm_chapters 300 economy:0.33:2.6e-3 full:::1    # another learning rate; one epoch
 
 Processor seconds of training stand beside seconds: they count where other programs run on the machine.
 """
@@ -52,18 +52,20 @@ def main() -> None:
     )
     how = Sampling(max_new_tokens=answer_room(max(answer_tokens(example) for example in train)))
     for name in ["base", *tried]:
-        update, upper, rate = [*name.split(":"), "", ""][:3]
+        update, upper, rate, epochs = [*name.split(":"), "", "", ""][:4]
         model = load("smollm2-135m-instruct", World())
         line: dict[str, Any] = {"task": task, "update": name}
         if update != "base":
             lora = {"upper": float(upper or 0.33), "learning_rate": float(rate) if rate else None}
-            line |= trained(model, update, lora, train)  # type: ignore[arg-type]
+            line |= trained(model, update, lora, train, float(epochs or EPOCHS))  # type: ignore[arg-type]
         print(json.dumps(line | judged(model, rows, valid, how)), flush=True)
 
 
-def trained(model: Model, update: Update, lora: dict[str, float | None], rows: list[Example]) -> dict[str, Any]:
+def trained(
+    model: Model, update: Update, lora: dict[str, float | None], rows: list[Example], epochs: float
+) -> dict[str, Any]:
     """Train as a run does, without looks, and say what it took."""
-    raw = {"data": {"train": "builtin"}, "update": update, "lora": lora, "train": {"epochs": EPOCHS, "batch": BATCH}}
+    raw = {"data": {"train": "builtin"}, "update": update, "lora": lora, "train": {"epochs": epochs, "batch": BATCH}}
     recipe = parse_recipe(raw)
     settings = derive(recipe, update, model, rows)
     attach(recipe, update, model, settings)
