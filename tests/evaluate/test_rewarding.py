@@ -37,7 +37,7 @@ def ends(process: int, within_seconds: float) -> bool:
         handle = os.pidfd_open(process)
     except ProcessLookupError:
         return True
-    with open(handle, "rb"), selectors.DefaultSelector() as ready:
+    with os.fdopen(handle, "rb"), selectors.DefaultSelector() as ready:
         ready.register(handle, selectors.EVENT_READ)
         return bool(ready.select(within_seconds))
 

@@ -69,6 +69,8 @@ def test_rules_follow_the_size_of_the_data_and_the_model(tiny_model: Model, tiny
     assert few.learning_rate == pytest.approx(5e-4 * (2000 / 64) ** 0.78, rel=0.05)
     full = derive(recipe(), "full", tiny_model, tiny_examples)
     assert full.learning_rate == pytest.approx(few.learning_rate / 10, rel=0.05)
+    economy = derive(recipe(), "economy", tiny_model, tiny_examples)
+    assert economy.learning_rate == pytest.approx(few.learning_rate * 2, rel=0.05)
 
 
 def test_a_row_longer_than_the_usual_micro_batch_still_fits(tiny_model: Model) -> None:

@@ -172,7 +172,7 @@ def derive_policy(recipe: Recipe, update: Update, model: Model, answers: int, lo
 
 def usual_rate(method: Method, update: Update, width: int) -> float:
     """The learning rate of a method unless the recipe gives one, for a model of hidden size `width`."""
-    value = RATES[method] * 5e-4 * (2000 / width) ** 0.78 / (10 if update == "full" else 1)
+    value = RATES[method] * 5e-4 * (2000 / width) ** 0.78 * {"lora": 1, "full": 0.1, "economy": 2}[update]
     return float(f"{value:.1e}")
 
 
@@ -180,13 +180,13 @@ def _rate(recipe: Recipe, update: Update, model: Model, settle: _Settling) -> fl
     width = int(model.head_weight.shape[1])
     given = recipe.lora.learning_rate if update != "full" and recipe.lora.learning_rate else recipe.train.learning_rate
     share = RATES[recipe.method]
-    why = f"5e-4 x (2000 / {width})^0.78 for LoRA, a tenth for full fine-tuning"
+    why = f"5e-4 x (2000 / {width})^0.78 for LoRA, a tenth for full, twice for economy"
     why += f"; x {share:g} for {recipe.method}" if share != 1 else ""
     return settle(f"{update}.learning_rate", given, usual_rate(recipe.method, update, width), why)
 
 
 def _recompute(model: Model, adapter_parameters: int, tokens: int, settle: _Settling) -> bool:
-    """Whether a micro-batch fits only if blocks are computed again for their gradients. No adapter: full fine-tuning."""
+    """Whether a micro-batch fits only if blocks are computed again for their gradients. Without adapter: in full."""
     if not (model.blocks and model.blocks.trains):
         return False
     states = 16 * adapter_parameters or 12 * model.parameters  # gradient and two moments, and the adapter itself
