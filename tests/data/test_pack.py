@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.pack import SHARE_FROM_TOKENS, bins, common_prefix, pack, pack_groups, pack_one
+from tunesmith.data.pack import SHARE_FROM_TOKENS, bins, common_prefix, cut_to_fit, pack, pack_groups, pack_one
 from tunesmith.model.load import Model
 from tunesmith.model.score import score
 from tunesmith.tensors import Batch
@@ -105,6 +105,16 @@ def test_batches_score_every_trained_token_from_the_token_before_it(
 
 
 @settings(deadline=None)
+@given(grouped(), st.integers(8, 60))
+def test_a_group_that_is_too_large_is_cut_where_the_budget_ends(groups: list[list[Example]], budget: int) -> None:
+    for group in groups:
+        parts = cut_to_fit(group, budget_tokens=budget)
+        assert [row for part in parts for row in part] == group
+        for part, after in zip(parts, [*parts[1:], []], strict=True):
+            assert len(part) == 1 or len(pack_one(part).tokens) <= budget
+            assert not after or len(pack_one([*part, after[0]]).tokens) > budget
+
+
 @given(grouped(), st.booleans(), st.integers(1, 120))
 def test_groups_stay_together_in_order_and_score_what_each_row_alone_would(
     groups: list[list[Example]], share: bool, budget: int

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from tunesmith.data.pack import pack_one
 from tunesmith.model.attention import NAME, register
+from tunesmith.model.guesses import Guesses
 from tunesmith.model.linear import use_fast_linear
 from tunesmith.model.load import Model
-from tunesmith.model.sample import Sampling, _inverse_cdf, sample
+from tunesmith.model.sample import Live, Row, Sampling, _inverse_cdf, sample, stopped
 from tunesmith.model.score import score
 from tunesmith.types import Completion, Example
 
@@ -149,6 +150,62 @@ def test_every_end_of_turn_id_ends_an_answer_and_is_not_shown(ends: Model) -> No
 def test_no_answer_is_longer_than_allowed(most: int, ends: Model) -> None:
     for one in sample(ends, prompts_of(), replace(GREEDY, max_new_tokens=most)):
         assert len(one.tokens) == most or (one.stop == "end_of_turn" and len(one.tokens) < most)
+
+
+def answered(live: Live, prompt: np.ndarray, how: Sampling) -> tuple[Row, int]:
+    """One answer, and how many passes it took."""
+    row, passes = Row(prompt, how), 1
+    live.admit([row])
+    while not stopped(row, live.model):
+        live.advance()
+        passes += 1
+    live.leave(row)
+    return row, passes
+
+
+@pytest.mark.parametrize("how", [GREEDY, WARM, replace(WARM, temperature=0.2, top_p=0.7, max_new_tokens=40)])
+@pytest.mark.parametrize("window", [None, 6])
+def test_guesses_save_passes_and_change_no_answer(how: Sampling, window: int | None, tiny_model: Model) -> None:
+    model = lively(tiny_model, window)
+    guessing, plain = (Live(model, 1, 64, guesses=guesses) for guesses in (True, False))
+    asked, saved = prompts_of(count=4), 0
+    for prompt in asked + asked:  # the second time the answers are known
+        (expected, slow), (found, fast) = answered(plain, prompt, how), answered(guessing, prompt, how)
+        assert found.tokens == expected.tokens
+        assert found.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
+        assert slow == len(expected.tokens)
+        saved += slow - fast
+    assert saved > 5
+
+
+def test_rivals_are_kept_of_every_token_guessed_or_not(ends: Model) -> None:
+    row = Row(np.array([5, 6, 7, 5, 6, 7, 5, 6]), GREEDY, alternatives=3)
+    live = Live(ends, 1, 64)
+    live.admit([row])
+    while not stopped(row, ends):
+        live.advance()
+    assert [rivals[0][0] for rivals in row.rivals] == row.tokens
+
+
+@settings(deadline=None)
+@given(words=st.lists(st.integers(0, 3), min_size=3, max_size=30), most=st.integers(0, 6), cut=st.integers(1, 5))
+def test_a_guess_is_what_followed_the_last_time(words: list[int], most: int, cut: int) -> None:
+    known = Guesses()
+    for end in range(cut, len(words) + cut, cut):  # learned bit by bit, or at once: the same
+        learned = words[: min(end, len(words))]
+        known.learn(learned, len(learned) - (end - cut))
+    expected: list[int] = []
+    said = list(words)
+    while len(expected) < most:
+        for tail in (said[-2:], said[-1:]):
+            places = [n for n in range(len(tail), len(words)) if words[n - len(tail) : n] == tail]
+            if places:
+                expected.append(words[places[-1]])
+                said.append(words[places[-1]])
+                break
+        else:
+            break
+    assert known.guess(words[-2:], most) == expected
 
 
 def test_no_prompts_no_answers(tiny_model: Model) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ import pytest
 from safetensors import safe_open
 
 from tunesmith.errors import FolderError, ModelError, RecipeError, TunesmithError
-from tunesmith.folder import RunFolder, read_json, read_jsonl
+from tunesmith.folder import RunFolder, read_json, read_jsonl, write_jsonl
 from tunesmith.methods.rollout import read_rollout
 from tunesmith.model.adapters import load_adapter
 from tunesmith.model.load import load, resolve
 from tunesmith.pipeline import tune
+from tunesmith.pipeline.again import evaluate_again
 from tunesmith.pipeline.pairs import halves
 from tunesmith.pipeline.reward import JUDGE, REWARD, load_reward, pair_rewards
 from tunesmith.pipeline.run import run
 from tunesmith.recipe import parse_recipe
+from tunesmith.screen import Screen
 from tunesmith.train.fit import fit as true_fit
 from tunesmith.types import Comparison, Message
 from tunesmith.world import World
@@ -87,6 +90,24 @@ def test_a_reward_model_learns_what_people_chose_and_says_how_surely(reward_run:
     assert results["verdict"]["decision"] == "ship"
     assert results["baselines"]["length"]["pair_accuracy"]["value"] == 0.5
     assert reward_run.report.is_file()
+
+
+def test_a_reward_model_is_held_against_other_choices(reward_run: RunFolder, choices: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in choices.read_text(encoding="utf-8").splitlines()]
+    turned = [
+        {**row, "prompt": f"{row['prompt']}!", "chosen": row["rejected"], "rejected": row["chosen"]} for row in lines
+    ]
+    write_jsonl(tmp_path / "turned.jsonl", turned)
+    copy = shutil.copytree(reward_run.path, tmp_path / "copy")
+    alike, other = (
+        evaluate_again(copy, str(path), "", Screen(quiet=True)) for path in (choices, tmp_path / "turned.jsonl")
+    )
+    for name in (REWARD, JUDGE):
+        assert alike["pair_accuracy"][name]["value"] > 0.9
+        assert other["pair_accuracy"][name]["value"] < 0.1
+    assert alike["pair_accuracy"]["length"]["value"] == 0.5
+    assert alike["contrasts"][0]["difference"]["low"] > 0.3
+    assert read_json(copy / "results.json")["test_reads"] == 2  # the run's own rows are among the first file's
 
 
 def test_reward_and_judge_learn_from_disjoint_halves(choices: Path) -> None:

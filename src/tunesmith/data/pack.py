@@ -51,6 +51,17 @@ def pack_groups(groups: Sequence[Sequence[Example]], *, budget_tokens: int, shar
     return [pack_together([groups[i] for i in members], share=share) for members in bins(own, budget_tokens - root)]
 
 
+def cut_to_fit(group: Sequence[Example], *, budget_tokens: int, share: bool = True) -> list[list[Example]]:
+    """The group in its order, in as few parts of at most `budget_tokens` (an Example over it stands alone)."""
+    parts: list[list[Example]] = []
+    for example in group:
+        if parts and _stored_tokens([*parts[-1], example], share) <= budget_tokens:
+            parts[-1].append(example)
+        else:
+            parts.append([example])
+    return parts
+
+
 def pack_one(examples: Sequence[Example], *, share: bool = True) -> Batch:
     """All of `examples` in one stream."""
     return pack_together([[example] for example in examples], share=share)

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..data.pack import pack_groups
+from ..data.pack import cut_to_fit, pack_groups
 from ..data.render import prompt_tokens
 from ..errors import FolderError, TrainingError
 from ..folder import rename_file, storage_errors
@@ -120,7 +120,9 @@ class RolloutSteps:
         chosen = chosen if len(chosen) else order[[part % len(order)]]
         packs = self.model.packs
         budget = self.plan.budget_tokens if packs else 1
-        return pack_groups([self.groups[place] for place in chosen], budget_tokens=budget, share=packs)
+        # Answers to a prompt stand in one stream to share it, not because the loss compares them.
+        groups = [part for n in chosen for part in cut_to_fit(self.groups[n], budget_tokens=budget, share=packs)]
+        return pack_groups(groups, budget_tokens=budget, share=packs)
 
     def _turn_to(self, rollout: int, begins: bool) -> None:
         path = self.store / f"{rollout:06d}.safetensors"

@@ -10,21 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..tensors import Layout
 from ..types import Completion, Stop
-from .attention import Attend, PackedAttention
+from .attention import Attend
+from .cache import Cache, Decode, Prefill
+from .guesses import Guesses
 from .linear import product
 from .load import Model
 
 PREFILL_TOKENS = 2048
-BLOCK_TOKENS = 128  # a cache that grows holds a whole number of these
+CHEAP_TOKENS, MOST_GUESSES = 8, 3  # up to so many tokens a pass one more costs little; guesses a row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,14 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     batch: int = 32
+
+
+class Drawn(NamedTuple):
+    """A token, its log-probability, and its likeliest rivals."""
+
+    token: int
+    log_prob: float
+    rivals: list[tuple[int, float]]
 
 
 @dataclass(slots=True, eq=False)
@@ -59,104 +70,15 @@ class Row:
     def __post_init__(self) -> None:
         self.uniforms = _uniforms(self.how, self.place)
 
-
-class Cache:
-    """Keys and values: a prefix [G P D] common to all rows, and `rows` slots [rows G C D], the active ones first."""
-
-    def __init__(self, rows: int, capacity: int) -> None:
-        self.rows, self.capacity = rows, capacity
-        self.prefix: dict[int, tuple[Tensor, Tensor]] = {}
-        self.slots: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Storage of one layer, made on first use in the shape of `like` [G T D]."""
-        if layer not in self.slots:
-            shape = (self.rows, like.shape[0], self.capacity, like.shape[-1])
-            self.slots[layer] = (like.new_zeros(shape), like.new_zeros(shape))
-        return self.slots[layer]
-
-    def reserve(self, tokens: int) -> None:
-        """Make every slot hold at least `tokens`; doubles, so that it is rarely done."""
-        if tokens <= self.capacity:
-            return
-        self.capacity = -(-max(tokens, 2 * self.capacity) // BLOCK_TOKENS) * BLOCK_TOKENS
-        for layer, (keys, values) in list(self.slots.items()):
-            del self.slots[layer]
-            for new, old in zip(self.layer(layer, keys[0]), (keys, values), strict=True):
-                new[:, :, : old.shape[2]] = old
-
-    def move(self, source: int, target: int) -> None:
-        """Copy a slot over another."""
-        for keys, values in self.slots.values():
-            keys[target], values[target] = keys[source], values[source]
+    def take(self, token: Drawn) -> None:
+        """Say one more token."""
+        self.tokens.append(token.token)
+        self.log_probs.append(token.log_prob)
+        if self.alternatives:
+            self.rivals.append(token.rivals)
 
 
-class _Prefill(PackedAttention):
-    """Packed attention that also files each segment's keys and values: in slots `first`..., or as the prefix."""
-
-    def __init__(self, cache: Cache, layout: Layout, first: int | None) -> None:
-        super().__init__(layout, cache.prefix.__getitem__ if cache.prefix else None)
-        self.cache, self.layout, self.first = cache, layout, first
-
-    def __call__(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
-        """See Attend."""
-        out = super().__call__(layer, query, key, value, scaling, window)
-        if self.first is None:
-            self.cache.prefix[layer] = (key.contiguous(), value.contiguous())
-            return out
-        keys, values = self.cache.layer(layer, key)
-        for n, (start, length) in enumerate(zip(self.layout.starts, self.layout.lengths, strict=True)):
-            keys[self.first + n, :, :length] = key[:, start : start + length]
-            values[self.first + n, :, :length] = value[:, start : start + length]
-        return out
-
-
-class _Decode:
-    """One new token for each of the first B slots, which hold `lengths` tokens each."""
-
-    def __init__(self, cache: Cache, lengths: Int[Tensor, "B"]) -> None:
-        self.cache, self.lengths = cache, lengths
-        self.rows = torch.arange(len(lengths), device=lengths.device)
-        self.longest = int(lengths.max()) + 1
-        self.unused = torch.arange(self.longest, device=lengths.device)[None] > lengths[:, None]
-        self.bias = torch.zeros(self.unused.shape, device=lengths.device).masked_fill_(self.unused, float("-inf"))
-
-    def __call__(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
-        """See Attend. Query heads that share keys are one matrix product."""
-        rows, groups = len(self.rows), key.shape[0]
-        keys, values = self.cache.layer(layer, key)
-        keys[self.rows, :, self.lengths] = key.transpose(0, 1)
-        values[self.rows, :, self.lengths] = value.transpose(0, 1)
-        keys, values = keys[:rows, :, : self.longest], values[:rows, :, : self.longest]
-        q = query.transpose(0, 1).reshape(rows, groups, -1, query.shape[-1])
-        before_keys, before_values = self.cache.prefix.get(layer, (None, None))
-        if before_keys is None or before_values is None:
-            bias = self._windowed(self.bias[:, None, None], 0, window).to(q.dtype)
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scaling)
-            return out.flatten(1, 2).transpose(0, 1)
-        q = q * scaling
-        logits = (q @ keys.transpose(-1, -2)).masked_fill_(self.unused[:, None, None], float("-inf"))
-        length = before_keys.shape[1]
-        flat = q.transpose(0, 1).flatten(1, 2)
-        before = (flat @ before_keys.transpose(-1, -2)).unflatten(1, (rows, -1)).transpose(0, 1)
-        weights = torch.softmax(self._windowed(torch.cat([before, logits], -1), length, window), -1)
-        over_prefix = weights[..., :length].transpose(0, 1).flatten(1, 2) @ before_values
-        out = over_prefix.unflatten(1, (rows, -1)).transpose(0, 1) + weights[..., length:] @ values
-        return out.flatten(1, 2).transpose(0, 1)
-
-    def _windowed(self, logits: Tensor, prefix: int, window: int | None) -> Tensor:
-        if window is None or prefix + self.longest <= window:
-            return logits
-        place = torch.arange(logits.shape[-1], device=logits.device)
-        far = place[None] <= (prefix + self.lengths - window)[:, None]
-        return logits.masked_fill(far[:, None, None], float("-inf"))
-
-
-Decode = Callable[[Cache, Tensor], Attend]
+Decoding = Callable[[Cache, Tensor, Tensor], Attend]
 Multiply = Callable[[Tensor, Tensor], Tensor]
 Route = Callable[[Sequence[Row], Sequence[int]], None]
 
@@ -166,10 +88,11 @@ def _one_model(rows: Sequence[Row], counts: Sequence[int]) -> None:
 
 
 class Live:
-    """Rows that are answered side by side: `admit` begins some, `advance` draws a token for each, `leave` frees a slot.
+    """Rows that are answered side by side: `admit` begins some, `advance` draws tokens for each, `leave` frees a slot.
 
     `route` hears before each forward pass which rows are in the stream, and how many of its tokens are each one's.
-    `decode` is how the rows' last tokens attend, `multiply` the product with the output layer.
+    `decode` is how drawn tokens attend, `multiply` the product with the output layer. Without `guesses`, every pass
+    draws one token a row.
     """
 
     def __init__(
@@ -177,12 +100,15 @@ class Live:
         model: Model,
         slots: int,
         capacity: int,
+        *,
         route: Route = _one_model,
-        decode: Decode = _Decode,
+        decode: Decoding = Decode,
         multiply: Multiply = product,
+        guesses: bool = True,
     ) -> None:
         self.model, self.route, self.decode, self.multiply = model, route, decode, multiply
         self.cache = Cache(slots, capacity)
+        self.guesses = Guesses() if guesses else None
         self.rows: list[Row] = []
         self.lengths: list[int] = []
         self.shared = 0
@@ -196,7 +122,8 @@ class Live:
     def share(self, prefix: Int[np.ndarray, "P"]) -> None:
         """Compute what every later prompt continues. Only before the first `admit`."""
         self.shared = len(prefix)
-        _forward(self.model, prefix, np.arange(self.shared), _Prefill(self.cache, _alone([self.shared]), None))
+        self._learn(prefix.tolist(), self.shared)
+        _forward(self.model, prefix, np.arange(self.shared), Prefill(self.cache, _alone([self.shared]), None))
 
     @torch.no_grad()
     def admit(self, rows: Sequence[Row]) -> Sequence[Row]:
@@ -206,25 +133,56 @@ class Live:
         layout = _alone(counts)
         positions = np.concatenate([np.arange(self.shared, self.shared + count) for count in counts])
         self.route(rows, counts)
-        prefill = _Prefill(self.cache, layout, len(self.rows))
+        prefill = Prefill(self.cache, layout, len(self.rows))
         hidden = _forward(self.model, np.concatenate([row.prompt for row in rows]), positions, prefill)
         ends = torch.tensor(np.cumsum(counts) - 1, device=hidden.device)
         self.rows += rows
         self.lengths += counts
-        _draw(self.multiply(hidden[ends], self.model.head_weight).float(), rows)
+        drawn = _draw(self.multiply(hidden[ends], self.model.head_weight).float(), rows, [0] * len(rows))
+        for row, token in zip(rows, drawn, strict=True):
+            row.take(token)
+            self._learn([*row.prompt.tolist(), token.token], len(row.prompt) + 1)
         return rows
 
     @torch.no_grad()
     def advance(self) -> Sequence[Row]:
-        """Feed each row its last token, draw the next, and return the rows."""
-        tokens = np.array([row.tokens[-1] for row in self.rows])
-        held = torch.tensor(self.lengths, device=self.model.device)
-        self.cache.reserve(max(self.lengths) + 1)
-        self.route(self.rows, [1] * len(self.rows))
-        hidden = _forward(self.model, tokens, np.array(self.lengths) + self.shared, self.decode(self.cache, held))
-        self.lengths = [length + 1 for length in self.lengths]
-        _draw(self.multiply(hidden, self.model.head_weight).float(), self.rows)
+        """Feed each row its last token and what is guessed to follow, draw what does, and return the rows."""
+        said = [len(row.tokens) for row in self.rows]
+        fed = [[row.tokens[-1], *self._guess(row)] for row in self.rows]
+        counts = [len(tokens) for tokens in fed]
+        slots = np.repeat(np.arange(len(fed)), counts)
+        places = np.concatenate([at + np.arange(count) for at, count in zip(self.lengths, counts, strict=True)])
+        self.cache.reserve(int(places.max()) + 1)
+        self.route(self.rows, counts)
+        attend = self.decode(self.cache, *(torch.tensor(part, device=self.model.device) for part in (slots, places)))
+        hidden = _forward(self.model, np.concatenate(fed), places + self.shared, attend)
+        whose = [self.rows[slot] for slot in slots]
+        which = [before + n for before, count in zip(said, counts, strict=True) for n in range(count)]
+        drawn = _draw(self.multiply(hidden, self.model.head_weight).float(), whose, which)
+        for row, tokens, end in zip(self.rows, fed, accumulate(counts), strict=True):
+            self._say(row, drawn[end - len(tokens) : end], tokens[1:])
+        self.lengths = [at + len(r.tokens) - n for at, r, n in zip(self.lengths, self.rows, said, strict=True)]
         return list(self.rows)
+
+    def _guess(self, row: Row) -> Sequence[int]:
+        room = min(CHEAP_TOKENS // len(self.rows) - 1, MOST_GUESSES, row.how.max_new_tokens - len(row.tokens) - 1)
+        if self.guesses is None or room <= 0:
+            return ()
+        return self.guesses.guess([*row.prompt[-1:].tolist(), *row.tokens[-2:]][-2:], room)
+
+    def _say(self, row: Row, drawn: Sequence[Drawn], guessed: Sequence[int]) -> None:
+        """Take what was drawn until a guess before it was wrong, or the answer has ended."""
+        before = len(row.tokens)
+        for token, guess in zip(drawn, [*guessed, None], strict=True):
+            row.take(token)
+            if token.token != guess or stopped(row, self.model):
+                break
+        new = len(row.tokens) - before
+        self._learn([*row.prompt[-1:].tolist(), *row.tokens[-new - 2 :]], new)
+
+    def _learn(self, tokens: Sequence[int], new: int) -> None:
+        if self.guesses is not None:
+            self.guesses.learn(tokens, new)
 
     def leave(self, row: Row) -> None:
         """Free the row's slot by moving the last row into it."""
@@ -288,24 +246,26 @@ def _forward(model: Model, tokens: np.ndarray, positions: np.ndarray, attend: At
     return out.last_hidden_state[0]
 
 
-def _draw(logits: Float[Tensor, "B V"], rows: Sequence[Row]) -> None:
-    """Append one token, its log-probability and its rivals to each row."""
+def _draw(logits: Float[Tensor, "N V"], rows: Sequence[Row], which: Sequence[int]) -> list[Drawn]:
+    """A token from each distribution, which is that of the row's token number `which`."""
     scores = torch.log_softmax(logits, -1)  # not logsumexp, which adds up one row in another order than several
     chosen = logits.argmax(-1)
     warm = [n for n, row in enumerate(rows) if row.how.temperature > 0]
     if warm:
-        dials = [(row.how.temperature, row.how.top_p, row.uniforms[len(row.tokens)]) for row in (rows[n] for n in warm)]
+        dials = [(rows[n].how.temperature, rows[n].how.top_p, rows[n].uniforms[which[n]]) for n in warm]
         temperature, top_p, draws = torch.tensor(np.array(dials, dtype=np.float32), device=logits.device).T
         likely = torch.softmax(logits[warm] / temperature[:, None], -1)
         chosen[warm] = _inverse_cdf(likely, draws, top_p[:, None])
     log_probs = scores.gather(1, chosen[:, None])[:, 0]
-    for row, token, log_prob in zip(rows, chosen.tolist(), log_probs.tolist(), strict=True):
-        row.tokens.append(token)
-        row.log_probs.append(log_prob)
-    for n, row in enumerate(rows):
-        if row.alternatives:
-            most = scores[n].topk(row.alternatives)
-            row.rivals.append(list(zip(most.indices.tolist(), most.values.tolist(), strict=True)))
+    rivals = [_rivals(scores[n], row.alternatives) for n, row in enumerate(rows)]
+    return list(map(Drawn, chosen.tolist(), log_probs.tolist(), rivals))
+
+
+def _rivals(scores: Float[Tensor, "V"], count: int) -> list[tuple[int, float]]:
+    if not count:
+        return []
+    most = scores.topk(count)
+    return list(zip(most.indices.tolist(), most.values.tolist(), strict=True))
 
 
 def _inverse_cdf(
@@ -376,7 +336,7 @@ def _sample_plainly(model: Model, prompt: np.ndarray, how: Sampling, place: int)
     row = Row(prompt, how, place)
     while True:
         tokens = torch.as_tensor([*prompt.tolist(), *row.tokens], device=model.device)[None]
-        _draw(model.hf(tokens, use_cache=False).logits[0, -1:].float(), [row])
+        row.take(*_draw(model.hf(tokens, use_cache=False).logits[0, -1:].float(), [row], [len(row.tokens)]))
         stop = stopped(row, model)
         if stop:
             return _completion(row, stop, model)

@@ -12,26 +12,25 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .sample import BLOCK_TOKENS, Cache
+from .cache import BLOCK_TOKENS, Cache
 
 
 class SteadyDecode:
-    """One new token for each of the first B slots, which hold `lengths` tokens each, and no prefix. See Attend."""
+    """One new token for each of the first slots, which hold `places` tokens each, and no prefix. See Attend."""
 
-    def __init__(self, cache: Cache, lengths: Int[Tensor, "B"]) -> None:
-        self.cache, self.lengths = cache, lengths
-        self.rows = torch.arange(len(lengths), device=lengths.device)
-        self.blocks = [slice(at, at + BLOCK_TOKENS) for at in range(0, int(lengths.max()) + 1, BLOCK_TOKENS)]
-        self.place = torch.arange(self.blocks[-1].stop, device=lengths.device)[None]
+    def __init__(self, cache: Cache, slots: Int[Tensor, "N"], places: Int[Tensor, "N"]) -> None:
+        self.cache, self.slots, self.places = cache, slots, places
+        self.blocks = [slice(at, at + BLOCK_TOKENS) for at in range(0, int(places.max()) + 1, BLOCK_TOKENS)]
+        self.place = torch.arange(self.blocks[-1].stop, device=places.device)[None]
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
         """See Attend. Query heads that share keys are one matrix product."""
-        count, groups = len(self.rows), key.shape[0]
+        count, groups = len(self.slots), key.shape[0]
         keys, values = self.cache.layer(layer, key)
-        keys[self.rows, :, self.lengths] = key.transpose(0, 1)
-        values[self.rows, :, self.lengths] = value.transpose(0, 1)
+        keys[self.slots, :, self.places] = key.transpose(0, 1)
+        values[self.slots, :, self.places] = value.transpose(0, 1)
         q = query.transpose(0, 1).reshape(count, groups, -1, query.shape[-1]) * scaling
         logits = torch.cat([q @ keys[:count, :, block].transpose(-1, -2) for block in self.blocks], -1)
         logits.masked_fill_(self._unseen(window)[:, None, None], float("-inf"))
@@ -43,5 +42,5 @@ class SteadyDecode:
 
     def _unseen(self, window: int | None) -> Tensor:
         """Places [B K] after a row's own, or before its window."""
-        unseen = self.place > self.lengths[:, None]
-        return unseen if window is None else unseen | (self.place <= (self.lengths - window)[:, None])
+        unseen = self.place > self.places[:, None]
+        return unseen if window is None else unseen | (self.place <= (self.places - window)[:, None])

@@ -1,4 +1,4 @@
-"""A finished run, used again: answer other rows, compare it with another run, talk to it."""
+"""A finished run, used again: answer or judge other rows, compare it with another run, talk to it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from ..model.load import Model, load
 from ..model.sample import Sampling, sample
 from ..recipe import DataSpec, Recipe, Update, load_recipe
 from ..screen import Screen
-from ..types import Conversation, Measurement, Message
+from ..types import Comparison, Conversation, Measurement, Message
 from ..world import World
+from .pairs import comparisons
 from .prepare import conversations, questions
+from .reward import agreement_with
 
 
 def open_model(name: str, world: World, update: str = "") -> Model:
@@ -65,11 +67,13 @@ def evaluate_again(run_folder: Path, data: str, update: str, screen: Screen) -> 
         )
     folder = RunFolder(path=run_folder)
     recipe, plan = load_recipe(folder.recipe), read_json(folder.plan)
+    if recipe.method == "reward":
+        return _judged_again(folder, recipe, data, screen)
     if not {"root", "max_new_tokens"} <= set(plan):
         raise FolderError("does not say how answers were made", where=str(folder.plan), fix="Run the recipe again.")
     names = [recipe.task.metric, *recipe.task.also]
     grades = {name: find_metric(name, recipe.task, Path(plan["root"])) for name in names}
-    asked = questions(_rows(data, recipe), recipe.task)
+    asked = questions(conversations(_read(data, recipe)), recipe.task)
     model = open_model(str(run_folder), World(), update)
     how = Sampling(max_new_tokens=plan["max_new_tokens"], batch=recipe.evaluate.batch)
     with screen.progress("answering", len(asked)) as tick:
@@ -81,6 +85,14 @@ def evaluate_again(run_folder: Path, data: str, update: str, screen: Screen) -> 
         "rows": len(asked),
         "metrics": {name: asdict(estimate(scores, level, seed)) for name, scores in found.scores.items()},
     }
+
+
+def _judged_again(folder: RunFolder, recipe: Recipe, data: str, screen: Screen) -> dict[str, Any]:
+    """How often a run's reward models agree with other people's choices."""
+    rows = comparisons(_read(data, recipe))
+    found = agreement_with(rows, folder, recipe, World(), screen)
+    _count_read(folder, {row.id for row in rows})
+    return {"data": data, "rows": len(rows), **found}
 
 
 def compare_runs(first: Path, second: Path) -> list[list[str]]:
@@ -125,10 +137,11 @@ def _asked(console: Console) -> str:
         return ""
 
 
-def _rows(data: str, recipe: Recipe) -> Sequence[Conversation]:
+def _read(data: str, recipe: Recipe) -> Sequence[Conversation | Comparison]:
+    """All rows of a file that are worth asking, as a run would read them."""
     spec = DataSpec(train=data, layout=recipe.data.layout, columns=recipe.data.columns)
     kept, _ = curate(Splits(train=(), valid=(), test=tuple(read(data, spec))), spec)
-    return conversations(kept.test)
+    return kept.test
 
 
 def _count_read(folder: RunFolder, asked: set[str]) -> None:

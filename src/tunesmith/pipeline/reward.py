@@ -22,17 +22,19 @@ from ..methods.reward import BradleyTerry, read_there, rewards
 from ..model.adapters import load_adapter, save_adapter, save_model
 from ..model.load import Model, load
 from ..model.values import attach_value_head, load_value_head, normalise, save_value_head, without_value_head
-from ..recipe import load_recipe
+from ..recipe import Recipe, load_recipe
+from ..screen import Screen
 from ..train.meter import machine, release_memory, reset_peak_memory
 from ..train.plan import Settings, derive
-from ..types import Measurement
+from ..types import Comparison, Measurement
 from ..world import World
 from .begin import Place, load_base, needs_held_out, one_update, opened
 from .loop import Undertaking, carry_out
-from .pairs import Pairs, halves, margin, prepare_pairs, scored_pairs
+from .pairs import Pairs, halves, margin, pair, prepare_pairs, scored_pairs
 from .tune import account, attach, optimization, planned
 
 REWARD, JUDGE = "reward", "judge"
+JUDGED_AT_ONCE = 64  # pairs, between two lines of progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,31 @@ def load_reward(name: str, which: str, world: World) -> Model:
     for parameter in model.hf.parameters():
         parameter.requires_grad_(False)
     return model
+
+
+def agreement_with(
+    rows: Sequence[Comparison], folder: RunFolder, recipe: Recipe, world: World, screen: Screen
+) -> dict[str, Any]:
+    """`pair_accuracy` of a finished run's models on other choices, beside "the longer answer wins"."""
+    names = (REWARD, JUDGE) if recipe.preference.halves else (REWARD,)
+    accuracies: dict[str, np.ndarray] = {}
+    with screen.progress("judging", len(names) * len(rows)) as tick:
+        for number, name in enumerate(names):
+            model = load_reward(str(folder.path), name, world)
+            pairs = [pair(row, model.vocabulary) for row in rows]
+            parts = []
+            for at in range(0, len(rows), JUDGED_AT_ONCE):
+                parts.append(pair_rewards(model, pairs[at : at + JUDGED_AT_ONCE]))
+                tick(number * len(rows) + min(at + JUDGED_AT_ONCE, len(rows)))
+            accuracies[name] = right(np.concatenate(parts))
+            accuracies["length"] = longer_wins(_answer_tokens(pairs))
+    level, seed = recipe.evaluate.level, recipe.evaluate.seed
+    ids = tuple(row.id for row in rows)
+    one, other = (_measurement(name, ids, accuracies[name]) for name in (REWARD, "length"))
+    return {
+        "pair_accuracy": {name: asdict(estimate(values, level, seed)) for name, values in accuracies.items()},
+        "contrasts": [asdict(contrast(one, other, "pair_accuracy", level, seed))],
+    }
 
 
 def _learned(place: Place, name: str, groups: Sequence[Group], pairs: Pairs, seed: int) -> Judged:
@@ -199,7 +226,7 @@ def _results(place: Place, pairs: Pairs, judged: Mapping[str, Judged]) -> dict[s
     """The content of results.json."""
     recipe = place.recipe
     level, seed = recipe.evaluate.level, recipe.evaluate.seed
-    tokens = np.array([[int((e.weights > 0).sum()) for e in group] for group in pairs.groups["test"]])
+    tokens = _answer_tokens(pairs.groups["test"])
     scores = judged[REWARD].scores
     by_arm = {
         **{name: right(one.scores) for name, one in judged.items()},
@@ -245,6 +272,11 @@ def _results(place: Place, pairs: Pairs, judged: Mapping[str, Judged]) -> dict[s
         "machine": machine(place.world.device),
         "seconds": time.monotonic() - place.started,
     }
+
+
+def _answer_tokens(pairs: Sequence[Group]) -> np.ndarray:
+    """Lengths [pairs 2] of the answers."""
+    return np.array([[int((example.weights > 0).sum()) for example in group] for group in pairs])
 
 
 def _measurement(arm: str, ids: tuple[str, ...], values: np.ndarray) -> Measurement:

@@ -203,7 +203,13 @@ class Engine:
 
     def _fresh(self) -> Live:
         return Live(
-            self.model, self.limits.rows, FIRST_CAPACITY_TOKENS, self.adapters.route, SteadyDecode, steady_product
+            self.model,
+            self.limits.rows,
+            FIRST_CAPACITY_TOKENS,
+            route=self.adapters.route,
+            decode=SteadyDecode,
+            multiply=steady_product,
+            guesses=False,
         )
 
 
