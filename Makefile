@@ -10,7 +10,7 @@ TORCH_INDEX ?= # for instance https://download.pytorch.org/whl/cpu on a machine 
 STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-rlhf test check bench clean
+.PHONY: help setup demo demo-rlhf test check bench bench-gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -46,6 +46,11 @@ check: $(STAMP) ## lint, format, types, import layers and the fast tests
 	$(BIN)/python -m pytest -q -m "not slow"
 
 bench: $(STAMP) ## measure speed and quality; see bench/README.md
+	$(BIN)/python bench/run.py
+
+bench-gpu: $(STAMP) ## steps of 8 B weights, and the comparison with TRL, where there is a GPU
+	$(BIN)/python bench/eight_billion.py --gpu --tokens 4096 --steps 8 --update lora
+	$(BIN)/python bench/eight_billion.py --gpu --tokens 4096 --steps 8 --update full
 	$(BIN)/python bench/run.py
 
 clean: ## remove caches and build products; .venv and runs stay

@@ -88,16 +88,16 @@ class _Lines:
 
     def __init__(self, screen: Screen, label: str, total: int) -> None:
         self.screen, self.label, self.total = screen, label, total
-        self.start = self.last = time.monotonic()
-        self.first = 0
+        self.last = time.monotonic()
+        self.first: tuple[int, float] | None = None  # what was done at the first word of it, and when that came
 
     def __call__(self, done: int, note: str = "") -> None:
         now = time.monotonic()
-        self.first = self.first or done
+        self.first = self.first or (done, now)
         if done < self.total and now - self.last < LINE_EVERY_SECONDS:
             return
         self.last = now
-        advanced = done - self.first
-        left = (now - self.start) / advanced * (self.total - done) if advanced > 0 else 0.0
+        advanced, since = done - self.first[0], now - self.first[1]
+        left = since / advanced * (self.total - done) if advanced > 0 else 0.0
         remaining = f", {left:.0f} s left" if done < self.total and left else ""
         self.screen.line(f"{self.label} {done}/{self.total}{remaining}{'  ' + note if note else ''}")

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import load_adapter, read_adapter, save_adapter
+from tunesmith.model.cache import Cache, Decode
 from tunesmith.model.linear import steady_product
 from tunesmith.model.load import Model, load
 from tunesmith.model.lora import LoraShape, attach_lora, lora_layers
 from tunesmith.model.many import Adapters
-from tunesmith.model.sample import Cache, Live, Row, Sampling, _Decode, stopped
+from tunesmith.model.sample import Live, Row, Sampling, stopped
 from tunesmith.model.steady import SteadyDecode
 from tunesmith.world import World
 
@@ -57,7 +58,8 @@ def row(number: int, adapter: str, temperature: float = 0.0) -> Row:
 def answered(model: Model, rows: Sequence[Row], slots: int, adapters: Adapters | None = None) -> list[Row]:
     """All rows, as many side by side as there are slots."""
     route = {"route": adapters.route} if adapters else {}
-    live, waiting = Live(model, slots, 128, **route, decode=SteadyDecode, multiply=steady_product), list(rows)
+    steady = {"decode": SteadyDecode, "multiply": steady_product, "guesses": False}
+    live, waiting = Live(model, slots, 128, **route, **steady), list(rows)
     while waiting or live.rows:
         count = min(live.free, len(waiting))
         drawn = live.admit([waiting.pop(0) for _ in range(count)]) if count else live.advance()
@@ -110,6 +112,13 @@ def test_an_adapter_of_the_output_layer_is_refused(tiny_model_folder: Path, tmp_
         Adapters(load(str(tiny_model_folder), World())).add("head", read_adapter(folder))
 
 
+def test_an_adapter_with_numbers_that_are_none_is_refused(folders: dict[str, Path], tiny_model_folder: Path) -> None:
+    broken = read_adapter(folders["a"])
+    next(iter(broken.pairs.values()))[1][0, 0] = float("inf")
+    with pytest.raises(ModelError, match="not finite"):
+        Adapters(load(str(tiny_model_folder), World())).add("a", broken)
+
+
 # Attention in blocks
 
 
@@ -123,14 +132,15 @@ def attended(decode: type, lengths: list[int], order: list[int], window: int | N
         for place, (one, length) in enumerate(zip(order, lengths, strict=True)):
             into[place, :, :length] = of[one, :, :length]
     new = [torch.stack([of[one, :, n] for one, n in zip(order, lengths, strict=True)], 1) for of in (keys, values)]
-    return decode(cache, torch.tensor(lengths))(0, query[order].transpose(0, 1), *new, 0.25, window).transpose(0, 1)
+    attend = decode(cache, torch.arange(len(lengths)), torch.tensor(lengths))
+    return attend(0, query[order].transpose(0, 1), *new, 0.25, window).transpose(0, 1)
 
 
 @pytest.mark.parametrize("window", [None, 40, 200])
 def test_attention_in_blocks_is_attention(window: int | None) -> None:
     lengths = [1, 60, 127, 128, 129, 300]
     found = attended(SteadyDecode, lengths, list(range(6)), window)
-    torch.testing.assert_close(found, attended(_Decode, lengths, list(range(6)), window), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, attended(Decode, lengths, list(range(6)), window), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, 31, 127, 128, 200, 400])

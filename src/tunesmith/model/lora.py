@@ -79,7 +79,7 @@ class LoraLinear(Linear):
 
     def answer(self, x: Float[Tensor, "T K"]) -> Float[Tensor, "T N"]:
         """W x + scale B A x, without gradients and without a bias."""
-        y = product(x, self.weight)
+        y = product(x, self.answering)
         if not self.enabled:
             return y
         a, b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)

@@ -8,7 +8,8 @@ so the order in which rows are batched never changes what is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -18,15 +19,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..memory import free_bytes
 from ..tensors import Layout
 from ..types import Completion, Stop
 from .attention import Attend
 from .cache import Cache, Decode, Prefill
 from .guesses import Guesses
-from .linear import product
+from .linear import product, reordered
 from .load import Model
 
 PREFILL_TOKENS = 2048
+REORDER_FROM_PASSES = 32  # takes as long as some 20 passes save
 CHEAP_TOKENS, MOST_GUESSES = 8, 3  # up to so many tokens a pass one more costs little; guesses a row
 
 
@@ -138,7 +141,7 @@ class Live:
         ends = torch.tensor(np.cumsum(counts) - 1, device=hidden.device)
         self.rows += rows
         self.lengths += counts
-        drawn = _draw(self.multiply(hidden[ends], self.model.head_weight).float(), rows, [0] * len(rows))
+        drawn = _draw(self.multiply(hidden[ends], self.model.head_answering).float(), rows, [0] * len(rows))
         for row, token in zip(rows, drawn, strict=True):
             row.take(token)
             self._learn([*row.prompt.tolist(), token.token], len(row.prompt) + 1)
@@ -158,7 +161,7 @@ class Live:
         hidden = _forward(self.model, np.concatenate(fed), places + self.shared, attend)
         whose = [self.rows[slot] for slot in slots]
         which = [before + n for before, count in zip(said, counts, strict=True) for n in range(count)]
-        drawn = _draw(self.multiply(hidden, self.model.head_weight).float(), whose, which)
+        drawn = _draw(self.multiply(hidden, self.model.head_answering).float(), whose, which)
         for row, tokens, end in zip(self.rows, fed, accumulate(counts), strict=True):
             self._say(row, drawn[end - len(tokens) : end], tokens[1:])
         self.lengths = [at + len(r.tokens) - n for at, r, n in zip(self.lengths, self.rows, said, strict=True)]
@@ -204,12 +207,23 @@ def sample(
     """One Completion for each prompt, in order. `progress` is told how many are finished."""
     if not model.packs:
         return [_sample_plainly(model, prompt, how, place) for place, prompt in enumerate(prompts)]
+    finished: list[Completion | None] = [None] * len(prompts)
+    passes = how.max_new_tokens * math.ceil(len(prompts) / how.batch)
+    room_bytes = free_bytes(model.device) / 2 if passes >= REORDER_FROM_PASSES and model.blocks else 0
+    with reordered(model.hf, room_bytes):
+        for row, stop in _answered(model, prompts, how):
+            finished[row.place] = _completion(row, stop, model)
+            progress(len(prompts) - finished.count(None))
+    return [completion for completion in finished if completion is not None]
+
+
+def _answered(model: Model, prompts: Sequence[np.ndarray], how: Sampling) -> Iterator[tuple[Row, Stop]]:
+    """Rows as they end, and why."""
     shared = _shared_prefix(prompts)
     longest = max((len(prompt) - shared for prompt in prompts), default=0)
     live = Live(model, min(how.batch, len(prompts)), longest + how.max_new_tokens)
     if shared:
         live.share(prompts[0][:shared])
-    finished: list[Completion | None] = [None] * len(prompts)
     waiting = [Row(prompt[shared:], how, place) for place, prompt in enumerate(prompts)]
     while waiting or live.rows:
         if waiting and (live.free >= max(1, live.cache.rows // 4) or not live.rows):
@@ -219,12 +233,9 @@ def sample(
         else:
             new = live.advance()
         for row in new:
-            stop = stopped(row, model)
-            if stop:
-                finished[row.place] = _completion(row, stop, model)
+            if stop := stopped(row, model):
                 live.leave(row)
-                progress(len(prompts) - finished.count(None))
-    return [completion for completion in finished if completion is not None]
+                yield row, stop
 
 
 def how_many(waiting: Sequence[Row], free: int) -> int:

@@ -20,8 +20,9 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from ..errors import ModelError
+from ..memory import free_bytes
 from ..model.adapters import Adapter
-from ..model.linear import steady_product
+from ..model.linear import reordered, steady_product
 from ..model.load import Model
 from ..model.many import Adapters
 from ..model.sample import Live, Row, how_many, stopped
@@ -139,13 +140,14 @@ class Engine:
     # On the engine's thread
 
     def _work(self) -> None:
-        while self._open or self.waiting or self.live.rows:
-            self._listen(idle=not self.waiting and not self.live.rows)
-            self._drop_unwanted()
-            try:
-                self._step()
-            except Exception as error:  # one request must not end the others' server
-                self._fail(error)
+        with reordered(self.model.hf, free_bytes(self.model.device) / 2):
+            while self._open or self.waiting or self.live.rows:
+                self._listen(idle=not self.waiting and not self.live.rows)
+                self._drop_unwanted()
+                try:
+                    self._step()
+                except Exception as error:  # one request must not end the others' server
+                    self._fail(error)
 
     def _listen(self, *, idle: bool) -> None:
         """Do what was asked for; wait for something when there is no row."""
