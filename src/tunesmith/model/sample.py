@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..memory import free_bytes
+from ..memory import available_bytes
 from ..tensors import Layout
 from ..types import Completion, Stop
 from .attention import Attend
@@ -209,7 +209,8 @@ def sample(
         return [_sample_plainly(model, prompt, how, place) for place, prompt in enumerate(prompts)]
     finished: list[Completion | None] = [None] * len(prompts)
     passes = how.max_new_tokens * math.ceil(len(prompts) / how.batch)
-    room_bytes = free_bytes(model.device) / 2 if passes >= REORDER_FROM_PASSES and model.blocks else 0
+    # Of all memory and not of the free: a run that goes on must decide as before.
+    room_bytes = available_bytes(model.device) / 4 if passes >= REORDER_FROM_PASSES and model.blocks else 0
     with reordered(model.hf, room_bytes):
         for row, stop in _answered(model, prompts, how):
             finished[row.place] = _completion(row, stop, model)

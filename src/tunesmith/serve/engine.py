@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from ..errors import ModelError
-from ..memory import free_bytes
+from ..memory import available_bytes
 from ..model.adapters import Adapter
 from ..model.linear import reordered, steady_product
 from ..model.load import Model
@@ -140,7 +140,7 @@ class Engine:
     # On the engine's thread
 
     def _work(self) -> None:
-        with reordered(self.model.hf, free_bytes(self.model.device) / 2):
+        with reordered(self.model.hf, available_bytes(self.model.device) / 4):
             while self._open or self.waiting or self.live.rows:
                 self._listen(idle=not self.waiting and not self.live.rows)
                 self._drop_unwanted()
