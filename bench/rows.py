@@ -22,7 +22,7 @@ import numpy as np
 
 RECIPE = """
 base: smollm2-135m-instruct
-data: {{train: {rows}, valid: 64, test: 64, rehearse: 0}}
+data: {{train: {rows}, valid: {held}, test: {held}, rehearse: 0}}
 task: {{metric: completion_loss, max_new_tokens: 16, shots: 0}}
 method: sft
 update: lora
@@ -48,9 +48,10 @@ def measured(count: int, steps: int, scratch: Path) -> dict[str, float]:
     """One run."""
     rows, recipe, out = scratch / "rows.jsonl", scratch / "recipe.yaml", scratch / "run"
     write(rows, count)
-    recipe.write_text(RECIPE.format(rows=rows.resolve(), steps=steps, out=out.resolve()), encoding="utf-8")
+    text = RECIPE.format(rows=rows.resolve(), held=64 / count, steps=steps, out=out.resolve())
+    recipe.write_text(text, encoding="utf-8")
     start = time.perf_counter()
-    run = subprocess.Popen([sys.executable, "-m", "tunesmith", "run", str(recipe), "--quiet"])
+    run = subprocess.Popen([sys.executable, "-m", "tunesmith.cli", "run", str(recipe), "--quiet"])
     metrics, first = out / "metrics.jsonl", 0.0
     while run.poll() is None:
         if not first and metrics.is_file() and metrics.stat().st_size:
