@@ -13,7 +13,7 @@ from torch import Tensor
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import load_adapter, read_adapter, save_adapter
 from tunesmith.model.cache import Cache, Decode
-from tunesmith.model.linear import steady_product
+from tunesmith.model.linear import steady_answer
 from tunesmith.model.load import Model, load
 from tunesmith.model.lora import LoraShape, attach_lora, lora_layers
 from tunesmith.model.many import Adapters
@@ -58,7 +58,7 @@ def row(number: int, adapter: str, temperature: float = 0.0) -> Row:
 def answered(model: Model, rows: Sequence[Row], slots: int, adapters: Adapters | None = None) -> list[Row]:
     """All rows, as many side by side as there are slots."""
     route = {"route": adapters.route} if adapters else {}
-    steady = {"decode": SteadyDecode, "multiply": steady_product, "guesses": False}
+    steady = {"decode": SteadyDecode, "multiply": steady_answer, "guesses": False}
     live, waiting = Live(model, slots, 128, **route, **steady), list(rows)
     while waiting or live.rows:
         count = min(live.free, len(waiting))

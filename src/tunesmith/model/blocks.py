@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .attention import Attend
 from .fused import GatedMlp, RmsNorm
-from .linear import Linear, product
+from .linear import Linear, answer
 from .lora import LoraLinear
 from .sides import Dense, gated, into_attention, out_of_attention
 
@@ -246,7 +246,7 @@ def _dense(module: nn.Module) -> Dense:
 def _linear(module: nn.Module, x: Float[Tensor, "T K"]) -> Float[Tensor, "T N"]:
     """A layer without going through its module, where it is one of ours without a bias."""
     if type(module) is Linear and module.bias is None:
-        return product(x, module.answering)
+        return answer(x, module)
     if type(module) is LoraLinear and module.bias is None:
         return module.answer(x)
     return module(x)

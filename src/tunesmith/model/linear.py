@@ -102,11 +102,6 @@ class Linear(nn.Linear):
 
     again: Tensor | None = None
 
-    @property
-    def answering(self) -> Tensor:
-        """The weight for products without gradients."""
-        return self.weight if self.again is None else self.again
-
     def forward(self, input: Tensor) -> Tensor:
         """y = x W^T + b."""
         if input.device.type != "cpu" or input.dtype != torch.float32:
@@ -120,6 +115,21 @@ class Embedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """A row of the matrix for each index."""
         return super().forward(input).to(met_as(self.weight))
+
+
+def answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M N"]:
+    """x W^T of the layer by `product`, without its bias. A single row never meets the reordered weight.
+
+    That would be another order of sums, so what comes out depends on no memory's size.
+    """
+    again = layer.again if isinstance(layer, Linear) and len(x) > 1 else None
+    return product(x, layer.weight if again is None else again)
+
+
+def steady_answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M N"]:
+    """x W^T of the layer by `steady_product`, without its bias."""
+    again = layer.again if isinstance(layer, Linear) else None
+    return steady_product(x, layer.weight if again is None else again)
 
 
 @contextmanager

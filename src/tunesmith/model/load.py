@@ -103,11 +103,6 @@ class Model:
         return head
 
     @property
-    def head_answering(self) -> Tensor:
-        """The same for products without gradients."""
-        return self.head.answering if isinstance(self.head, Linear) else self.head.weight
-
-    @property
     def head_weight(self) -> Tensor:
         """The output layer's matrix, [V D]."""
         return self.head.weight

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .linear import Linear, met_as, product
+from .linear import Linear, answer, met_as, product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class LoraLinear(Linear):
 
     def answer(self, x: Float[Tensor, "T K"]) -> Float[Tensor, "T N"]:
         """W x + scale B A x, without gradients and without a bias."""
-        y = product(x, self.answering)
+        y = answer(x, self)
         if not self.enabled:
             return y
         a, b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)

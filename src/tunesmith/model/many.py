@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .adapters import Adapter
-from .linear import Linear, met_as, steady_product
+from .linear import Linear, met_as, steady_answer, steady_product
 from .load import Model
 from .lora import wanted
 from .sample import Row
@@ -34,7 +34,7 @@ class SharedLinear(Linear):
     def forward(self, input: Tensor) -> Tensor:
         """W x, plus s B A x where an adapter is meant. Other adapters add zeros, which change no bit. No gradients."""
         x = input.flatten(0, -2)
-        y = steady_product(x, self.answering)
+        y = steady_answer(x, self)
         if self.bias is not None:
             y += self.bias
         if self.side_by_side is not None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..memory import available_bytes
 from ..tensors import Layout
@@ -25,7 +25,7 @@ from ..types import Completion, Stop
 from .attention import Attend
 from .cache import Cache, Decode, Prefill
 from .guesses import Guesses
-from .linear import product, reordered
+from .linear import answer, reordered
 from .load import Model
 
 PREFILL_TOKENS = 2048
@@ -82,7 +82,7 @@ class Row:
 
 
 Decoding = Callable[[Cache, Tensor, Tensor], Attend]
-Multiply = Callable[[Tensor, Tensor], Tensor]
+Multiply = Callable[[Tensor, nn.Linear], Tensor]
 Route = Callable[[Sequence[Row], Sequence[int]], None]
 
 
@@ -106,7 +106,7 @@ class Live:
         *,
         route: Route = _one_model,
         decode: Decoding = Decode,
-        multiply: Multiply = product,
+        multiply: Multiply = answer,
         guesses: bool = True,
     ) -> None:
         self.model, self.route, self.decode, self.multiply = model, route, decode, multiply
@@ -141,7 +141,7 @@ class Live:
         ends = torch.tensor(np.cumsum(counts) - 1, device=hidden.device)
         self.rows += rows
         self.lengths += counts
-        drawn = _draw(self.multiply(hidden[ends], self.model.head_answering).float(), rows, [0] * len(rows))
+        drawn = _draw(self.multiply(hidden[ends], self.model.head).float(), rows, [0] * len(rows))
         for row, token in zip(rows, drawn, strict=True):
             row.take(token)
             self._learn([*row.prompt.tolist(), token.token], len(row.prompt) + 1)
@@ -161,7 +161,7 @@ class Live:
         hidden = _forward(self.model, np.concatenate(fed), places + self.shared, attend)
         whose = [self.rows[slot] for slot in slots]
         which = [before + n for before, count in zip(said, counts, strict=True) for n in range(count)]
-        drawn = _draw(self.multiply(hidden, self.model.head_answering).float(), whose, which)
+        drawn = _draw(self.multiply(hidden, self.model.head).float(), whose, which)
         for row, tokens, end in zip(self.rows, fed, accumulate(counts), strict=True):
             self._say(row, drawn[end - len(tokens) : end], tokens[1:])
         self.lengths = [at + len(r.tokens) - n for at, r, n in zip(self.lengths, self.rows, said, strict=True)]

@@ -22,7 +22,7 @@ from typing import TypeVar
 from ..errors import ModelError
 from ..memory import available_bytes
 from ..model.adapters import Adapter
-from ..model.linear import reordered, steady_product
+from ..model.linear import reordered, steady_answer
 from ..model.load import Model
 from ..model.many import Adapters
 from ..model.sample import Live, Row, how_many, stopped
@@ -210,7 +210,7 @@ class Engine:
             FIRST_CAPACITY_TOKENS,
             route=self.adapters.route,
             decode=SteadyDecode,
-            multiply=steady_product,
+            multiply=steady_answer,
             guesses=False,
         )
 
