@@ -128,7 +128,7 @@ def answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M N"]:
 
 def steady_answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M N"]:
     """x W^T of the layer by `steady_product`, without its bias."""
-    again = layer.again if isinstance(layer, Linear) else None
+    again = layer.again if isinstance(layer, Linear) and len(x) else None
     return steady_product(x, layer.weight if again is None else again)
 
 
