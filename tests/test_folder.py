@@ -204,7 +204,7 @@ def test_damaged_or_absent_json_is_reported_with_its_path(tmp_path: Path) -> Non
             read_json(tmp_path / name)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(
     rows=st.lists(st.dictionaries(st.text(), st.text(max_size=8), max_size=2), min_size=1, max_size=4), data=st.data()
 )

@@ -104,7 +104,6 @@ def test_batches_score_every_trained_token_from_the_token_before_it(
     assert seen_by_the_model(pack(rows, budget_tokens=budget, share=share)) == wanted_of(rows)
 
 
-@settings(deadline=None)
 @given(grouped(), st.integers(8, 60))
 def test_a_group_that_is_too_large_is_cut_where_the_budget_ends(groups: list[list[Example]], budget: int) -> None:
     for group in groups:
@@ -250,7 +249,7 @@ def tiny_model_logits(model: Model, row: Example) -> torch.Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.float64), chosen]).float()
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 5), st.integers(0, 2**32 - 1))
 def test_changing_one_example_moves_no_bit_of_another(
     tiny_examples: list[Example], tiny_model: Model, changed: int, seed: int

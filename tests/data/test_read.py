@@ -300,7 +300,7 @@ JUNK = [
 
 
 @pytest.mark.parametrize("name", list(SEEDS))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_files_are_read_or_refused_but_never_crash(tmp_path: Path, name: str, data: st.DataObject) -> None:
     content = bytearray(SEEDS[name])
@@ -318,7 +318,7 @@ def test_damaged_files_are_read_or_refused_but_never_crash(tmp_path: Path, name:
     read_or_refused(tmp_path / name, bytes(content))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     value=st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

@@ -44,7 +44,7 @@ def choice(prompt: str, better: str, worse: str, rater: str = "") -> Comparison:
     return Comparison(prompt=asked, chosen=chosen, rejected=rejected, rater=rater, id=identity, source="rows.jsonl:1")
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(60, 120), st.integers(0, 5), st.randoms())
 def test_a_row_keeps_its_place_when_rows_are_added_or_shuffled(count: int, seed: int, draw: random.Random) -> None:
     spec = SPEC.model_copy(update={"seed": seed})
@@ -82,7 +82,7 @@ def test_rows_with_one_prompt_stay_together() -> None:
     assert not asked[1] & asked[2]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(), st.integers(0, 3), st.sampled_from([0.1, 0.2, 0.3]))
 def test_few_prompts_are_split_so_that_no_answer_stands_in_two_splits(number: int, seed: int, fraction: float) -> None:
     draw = random.Random(number)
@@ -155,7 +155,7 @@ def test_too_few_rows_for_a_split_say_what_to_do() -> None:
         split(distinct(50), SPEC.model_copy(update={"valid": 0.5, "test": 0.5}))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=9), min_size=2, max_size=8),
     st.sampled_from([0.5, 0.7, 0.9]),
@@ -226,7 +226,7 @@ def test_two_empty_sets_are_alike() -> None:
     assert jaccard(empty, empty) == 1.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 3), st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 12), st.randoms())
 def test_columns_that_share_a_band_are_those_that_plain_loops_find(
     bands: int, row: list[int], most: int, draw: random.Random

@@ -60,7 +60,7 @@ def test_examples_come_back_bit_for_bit() -> None:
             assert np.array_equal(mine, theirs)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.text(max_size=5), max_size=8), st.slices(8), st.integers(-9, 8))
 def test_a_sequence_on_disk_is_indexed_and_sliced_as_a_tuple(values: list[str], part: slice, index: int) -> None:
     stored, plain = texts(*values), tuple(values)
@@ -108,7 +108,7 @@ def test_a_full_disk_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -
         texts("a")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.text(max_size=2), st.booleans()), max_size=100))
 def test_places_are_a_dictionary(steps: list[tuple[str, bool]]) -> None:
     places, plain = Places(), {}

@@ -52,7 +52,7 @@ def test_alpha_is_that_of_krippendorffs_two_observers() -> None:
     assert round(found.value, 3) == 0.095
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.sampled_from("abcd"), max_size=4), min_size=1, max_size=12))
 def test_alpha_is_a_plain_loop_over_pairs_of_judgements(units: list[list[str]]) -> None:
     found = krippendorff(units)

@@ -25,7 +25,7 @@ LEVELS = st.sampled_from([0.8, 0.9, 0.95, 0.99])
 SCORES = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40)
 PAIRS = st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), min_size=1, max_size=30)
 BINARY_PAIRS = st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=1, max_size=60)
-quick = settings(max_examples=30, deadline=None)
+quick = settings(max_examples=30)
 
 
 def measurement(arm: str, scores: list[float], ids: list[str] | None = None, metric: str = "m") -> Measurement:

@@ -56,7 +56,7 @@ def one_pair(loss: PreferenceLoss, h: float) -> float:
     return -(1 - loss.smoothing) * math.log(odds) - loss.smoothing * math.log(1 - odds)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.sampled_from(LOSSES), st.integers(1, 6), st.integers(0, 99))
 def test_the_loss_is_its_formula_as_a_sum(answers: Makes, loss: PreferenceLoss, count: int, seed: int) -> None:
     groups = referred(answers(count, seed), seed)

@@ -49,7 +49,7 @@ def test_a_model_that_cannot_pack_gets_a_pair_a_stream_and_nothing_shared(answer
         assert batch.layout.parents == (-1, -1)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 4), st.integers(4, 9))
 def test_ranks_share_the_pairs_of_a_step(answers: Makes, size: int, batch: int) -> None:
     groups = answers(10)

@@ -131,7 +131,7 @@ def mixed(answers: Makes, seed: int) -> Batch:
     return batch
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.integers(0, 999),
     st.sampled_from([PpoLoss(), PpoLoss(clip=0.1, value_clip=0.05, value_weight=1.0), PpoLoss(value_weight=0.0)]),

@@ -211,7 +211,7 @@ def test_repetition_is_the_share_of_grams_seen_before() -> None:
 # Written down and read back
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=4), st.integers(0, 99))
 def test_a_rollout_is_read_back_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[list[int]], seed: int

@@ -106,7 +106,7 @@ def trees(draw: st.DrawFn) -> list[tuple[int, int]]:
     return [(length, draw(st.integers(-1, place - 1))) for place, length in enumerate(lengths)]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(trees(), st.integers(0, 1000))
 def test_any_tree_of_segments_is_packed_right(tree: list[tuple[int, int]], seed: int) -> None:
     model = WINDOWED

@@ -200,7 +200,7 @@ def test_pad_is_never_eos(tiny_model_folder: Path, write: Write, tmp_path: Path)
         assert (saved.pad_token_id, saved.eos_token_id) == (0, 2)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=40))
 def test_digits_stand_alone_and_any_text_comes_back(tiny_tokenizer: Any, text: str) -> None:
     state = json.loads(tiny_tokenizer.backend_tokenizer.to_str())["model"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MistralConfig
 
@@ -187,7 +187,6 @@ def test_rivals_are_kept_of_every_token_guessed_or_not(ends: Model) -> None:
     assert [rivals[0][0] for rivals in row.rivals] == row.tokens
 
 
-@settings(deadline=None)
 @given(words=st.lists(st.integers(0, 3), min_size=3, max_size=30), most=st.integers(0, 6), cut=st.integers(1, 5))
 def test_a_guess_is_what_followed_the_last_time(words: list[int], most: int, cut: int) -> None:
     known = Guesses()
@@ -223,7 +222,6 @@ def test_progress_counts_every_finished_row(ends: Model) -> None:
     st.lists(st.floats(0, 1 - 2**-24, width=32), min_size=1, max_size=8),
     st.floats(0.0625, 1.0, width=32),  # float32 as the sampler sees it: 1 - 1e-9 is 1
 )
-@settings(deadline=None)
 def test_draws_stay_in_the_nucleus_and_follow_its_quantiles(
     masses: list[float], draws: list[float], top_p: float
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -43,7 +43,6 @@ def test_values_and_gradients_are_those_of_log_softmax_across_tile_edges(rows: i
     torch.testing.assert_close(other.grad.double(), exact_weight.grad, rtol=1e-4, atol=1e-4)
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 300), st.integers(1, 24), st.integers(2, 90), st.integers(0, 99), st.sampled_from([0.1, 1.0, 6.0])
 )

@@ -103,7 +103,7 @@ def test_answers_and_their_probabilities_are_those_of_float32_weights(
     short_folder: Path, tiny_examples: list[Example]
 ) -> None:
     short, float32 = both(short_folder)
-    prompts = [example.tokens[:12] for example in tiny_examples[:5]]  # too few passes for matrices to be reordered
+    prompts = [example.tokens[:12] for example in tiny_examples[:9]]
     for how in (Sampling(max_new_tokens=6, batch=4), Sampling(max_new_tokens=6, batch=1, temperature=1.0)):
         for one, other in zip(sample(short, prompts, how), sample(float32, prompts, how), strict=True):
             assert one.tokens.tolist() == other.tokens.tolist()

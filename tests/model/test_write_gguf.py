@@ -112,7 +112,7 @@ def test_every_type_is_read_back_and_the_output_layer_is_never_coarse(kind: str,
 
 
 @pytest.mark.parametrize("kind", STEPS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(values=arrays.arrays(np.float32, (3, 64), elements=st.floats(-100, 100, width=32)))
 def test_no_weight_moves_by_more_than_a_step_of_its_block(kind: str, values: np.ndarray) -> None:
     from gguf import GGMLQuantizationType

@@ -108,6 +108,8 @@ def test_a_reward_model_is_held_against_other_choices(reward_run: RunFolder, cho
     assert alike["pair_accuracy"]["length"]["value"] == 0.5
     assert alike["contrasts"][0]["difference"]["low"] > 0.3
     assert read_json(copy / "results.json")["test_reads"] == 2  # the run's own rows are among the first file's
+    with pytest.raises(RecipeError, match="one update"):
+        evaluate_again(copy, str(choices), "lora", Screen(quiet=True))
 
 
 def test_reward_and_judge_learn_from_disjoint_halves(choices: Path) -> None:

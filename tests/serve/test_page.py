@@ -254,7 +254,7 @@ almost_choices = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     content=st.binary(max_size=60) | (almost_choices | json_values).map(lambda value: json.dumps(value).encode()),
     path=st.sampled_from(["/api/choices", "/api/undo"]),

@@ -136,7 +136,7 @@ def test_an_unknown_path_or_verb_is_an_error_in_the_same_shape(
     ),
     st.sampled_from([*QUESTION, "stop", "n", "top_p", "seed", "stream", "stream_options", "tools", "logprobs"]),
 )
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_value_in_any_field_is_answered_or_refused(http: httpx.Client, value: object, name: str) -> None:
     content = json.dumps({**QUESTION, name: value}).encode()
     response = http.post(CHAT, content=content, headers={"content-type": "application/json"})

@@ -60,7 +60,7 @@ def test_every_pair_comes_once_and_a_share_comes_again_later_with_sides_swapped(
         assert seen.index(one) - seen.index(before) >= FARTHEST_REPEAT
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(count=st.integers(0, 30), repeats=st.floats(0, 1), answered=st.integers(0, 30))
 def test_work_of_any_size_ends_and_a_restart_changes_nothing(count: int, repeats: float, answered: int) -> None:
     from tunesmith.types import Message

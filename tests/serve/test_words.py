@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tunesmith.serve.words import HALF, Said, Speaker
 
-LIVELY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LIVELY = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def spoken(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], stops: Sequence[str] = ()) -> list[Said]:

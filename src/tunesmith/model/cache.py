@@ -28,6 +28,21 @@ class Cache:
             self.slots[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         return self.slots[layer]
 
+    def file(
+        self, layer: int, slots: Tensor, places: Tensor, key: Tensor, value: Tensor, tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """File keys and values [G N D] of new tokens; give the first `tokens` that each one's row now holds, [N G K D].
+
+        `slots` are in order and leave none out, so the last says whether each token has a row of its own.
+        """
+        keys, values = self.layer(layer, key)
+        keys[slots, :, places] = key.transpose(0, 1)
+        values[slots, :, places] = value.transpose(0, 1)
+        keys, values = keys[:, :, :tokens], values[:, :, :tokens]
+        if int(slots[-1]) + 1 == len(slots):
+            return keys[: len(slots)], values[: len(slots)]
+        return keys.index_select(0, slots), values.index_select(0, slots)
+
     def reserve(self, tokens: int) -> None:
         """Make every slot hold at least `tokens`; doubles, so that it is rarely done."""
         if tokens <= self.capacity:
@@ -67,11 +82,10 @@ class Prefill(PackedAttention):
 
 
 class Decode:
-    """New tokens, each in the slot `slots` of a row that holds `places` tokens before it. Slots are in order."""
+    """New tokens, each in the slot `slots` of a row that holds `places` tokens before it. See Cache.file."""
 
     def __init__(self, cache: Cache, slots: Int[Tensor, "N"], places: Int[Tensor, "N"]) -> None:
         self.cache, self.slots, self.places = cache, slots, places
-        self.each_its_own = bool((slots == torch.arange(len(slots), device=slots.device)).all())
         self.longest = int(places.max()) + 1
         self.unused = torch.arange(self.longest, device=places.device)[None] > places[:, None]
         self.bias = torch.zeros(self.unused.shape, device=places.device).masked_fill_(self.unused, float("-inf"))
@@ -81,10 +95,7 @@ class Decode:
     ) -> Tensor:
         """See Attend. Query heads that share keys are one matrix product."""
         rows, groups = len(self.slots), key.shape[0]
-        keys, values = self.cache.layer(layer, key)
-        keys[self.slots, :, self.places] = key.transpose(0, 1)
-        values[self.slots, :, self.places] = value.transpose(0, 1)
-        keys, values = self._seen(keys), self._seen(values)
+        keys, values = self.cache.file(layer, self.slots, self.places, key, value, self.longest)
         q = query.transpose(0, 1).reshape(rows, groups, -1, query.shape[-1])
         before_keys, before_values = self.cache.prefix.get(layer, (None, None))
         if before_keys is None or before_values is None:
@@ -100,12 +111,6 @@ class Decode:
         over_prefix = weights[..., :length].transpose(0, 1).flatten(1, 2) @ before_values
         out = over_prefix.unflatten(1, (rows, -1)).transpose(0, 1) + weights[..., length:] @ values
         return out.flatten(1, 2).transpose(0, 1)
-
-    def _seen(self, held: Tensor) -> Tensor:
-        """What each token's row holds [N G K D]."""
-        if self.each_its_own:
-            return held[: len(self.slots), :, : self.longest]
-        return held[:, :, : self.longest].index_select(0, self.slots)
 
     def _windowed(self, logits: Tensor, prefix: int, window: int | None) -> Tensor:
         if window is None or prefix + self.longest <= window:

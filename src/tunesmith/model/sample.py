@@ -44,10 +44,10 @@ class Sampling:
     batch: int = 32
 
 
-class Drawn(NamedTuple):
-    """A token, its log-probability, and its likeliest rivals."""
+class Token(NamedTuple):
+    """A token that was drawn, its log-probability, and its likeliest rivals."""
 
-    token: int
+    id: int
     log_prob: float
     rivals: list[tuple[int, float]]
 
@@ -73,9 +73,9 @@ class Row:
     def __post_init__(self) -> None:
         self.uniforms = _uniforms(self.how, self.place)
 
-    def take(self, token: Drawn) -> None:
+    def take(self, token: Token) -> None:
         """Say one more token."""
-        self.tokens.append(token.token)
+        self.tokens.append(token.id)
         self.log_probs.append(token.log_prob)
         if self.alternatives:
             self.rivals.append(token.rivals)
@@ -144,7 +144,7 @@ class Live:
         drawn = _draw(self.multiply(hidden[ends], self.model.head).float(), rows, [0] * len(rows))
         for row, token in zip(rows, drawn, strict=True):
             row.take(token)
-            self._learn([*row.prompt.tolist(), token.token], len(row.prompt) + 1)
+            self._learn([*row.prompt.tolist(), token.id], len(row.prompt) + 1)
         return rows
 
     @torch.no_grad()
@@ -173,12 +173,12 @@ class Live:
             return ()
         return self.guesses.guess([*row.prompt[-1:].tolist(), *row.tokens[-2:]][-2:], room)
 
-    def _say(self, row: Row, drawn: Sequence[Drawn], guessed: Sequence[int]) -> None:
+    def _say(self, row: Row, drawn: Sequence[Token], guessed: Sequence[int]) -> None:
         """Take what was drawn until a guess before it was wrong, or the answer has ended."""
         before = len(row.tokens)
         for token, guess in zip(drawn, [*guessed, None], strict=True):
             row.take(token)
-            if token.token != guess or stopped(row, self.model):
+            if token.id != guess or stopped(row, self.model):
                 break
         new = len(row.tokens) - before
         self._learn([*row.prompt[-1:].tolist(), *row.tokens[-new - 2 :]], new)
@@ -258,7 +258,7 @@ def _forward(model: Model, tokens: np.ndarray, positions: np.ndarray, attend: At
     return out.last_hidden_state[0]
 
 
-def _draw(logits: Float[Tensor, "N V"], rows: Sequence[Row], which: Sequence[int]) -> list[Drawn]:
+def _draw(logits: Float[Tensor, "N V"], rows: Sequence[Row], which: Sequence[int]) -> list[Token]:
     """A token from each distribution, which is that of the row's token number `which`."""
     scores = torch.log_softmax(logits, -1)  # not logsumexp, which adds up one row in another order than several
     chosen = logits.argmax(-1)
@@ -270,7 +270,7 @@ def _draw(logits: Float[Tensor, "N V"], rows: Sequence[Row], which: Sequence[int
         chosen[warm] = _inverse_cdf(likely, draws, top_p[:, None])
     log_probs = scores.gather(1, chosen[:, None])[:, 0]
     rivals = [_rivals(scores[n], row.alternatives) for n, row in enumerate(rows)]
-    return list(map(Drawn, chosen.tolist(), log_probs.tolist(), rivals))
+    return list(map(Token, chosen.tolist(), log_probs.tolist(), rivals))
 
 
 def _rivals(scores: Float[Tensor, "V"], count: int) -> list[tuple[int, float]]:

@@ -16,7 +16,7 @@ from .cache import BLOCK_TOKENS, Cache
 
 
 class SteadyDecode:
-    """One new token for each of the first slots, which hold `places` tokens each, and no prefix. See Attend."""
+    """New tokens, each in the slot `slots` of a row that holds `places` tokens before it, and no prefix. See Attend."""
 
     def __init__(self, cache: Cache, slots: Int[Tensor, "N"], places: Int[Tensor, "N"]) -> None:
         self.cache, self.slots, self.places = cache, slots, places
@@ -28,16 +28,14 @@ class SteadyDecode:
     ) -> Tensor:
         """See Attend. Query heads that share keys are one matrix product."""
         count, groups = len(self.slots), key.shape[0]
-        keys, values = self.cache.layer(layer, key)
-        keys[self.slots, :, self.places] = key.transpose(0, 1)
-        values[self.slots, :, self.places] = value.transpose(0, 1)
+        keys, values = self.cache.file(layer, self.slots, self.places, key, value, self.blocks[-1].stop)
         q = query.transpose(0, 1).reshape(count, groups, -1, query.shape[-1]) * scaling
-        logits = torch.cat([q @ keys[:count, :, block].transpose(-1, -2) for block in self.blocks], -1)
+        logits = torch.cat([q @ keys[:, :, block].transpose(-1, -2) for block in self.blocks], -1)
         logits.masked_fill_(self._unseen(window)[:, None, None], float("-inf"))
         weights = torch.softmax(logits, -1)
-        out = weights[..., self.blocks[0]] @ values[:count, :, self.blocks[0]]
+        out = weights[..., self.blocks[0]] @ values[:, :, self.blocks[0]]
         for block in self.blocks[1:]:
-            out += weights[..., block] @ values[:count, :, block]
+            out += weights[..., block] @ values[:, :, block]
         return out.flatten(1, 2).transpose(0, 1)
 
     def _unseen(self, window: int | None) -> Tensor:

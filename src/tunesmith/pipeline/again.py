@@ -68,6 +68,8 @@ def evaluate_again(run_folder: Path, data: str, update: str, screen: Screen) -> 
     folder = RunFolder(path=run_folder)
     recipe, plan = load_recipe(folder.recipe), read_json(folder.plan)
     if recipe.method == "reward":
+        if update:
+            raise RecipeError("a reward run has one update", where="--update", fix="Leave it out.")
         return _judged_again(folder, recipe, data, screen)
     if not {"root", "max_new_tokens"} <= set(plan):
         raise FolderError("does not say how answers were made", where=str(folder.plan), fix="Run the recipe again.")
