@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -236,6 +236,9 @@ def serve(
     python_graders: Annotated[
         bool, typer.Option(help="Run Python that jobs bring, with this server's rights.")
     ] = False,
+    engine: Annotated[
+        Literal["auto", "own", "vllm"], typer.Option(help="auto: vLLM on a GPU where it is installed.")
+    ] = "auto",
     debug: Debug = False,
 ) -> None:
     """Answer over HTTP as OpenAI's API does: one base in memory, each run's adapter by its folder's name."""
@@ -246,7 +249,7 @@ def serve(
     door = start.Door(host=host, port=port, key=key, names=tuple(name or ()))
     limits = Limits(rows=batch, waiting=queue, context_tokens=context)
     shop = Shop(folder=jobs.absolute(), at_once=at_once, python_graders=python_graders) if jobs else None
-    start.serve(model, door, limits, Screen(), update=update, shop=shop)
+    start.serve(model, door, limits, Screen(), update=update, shop=shop, engine=engine)
 
 
 @app.command()

@@ -273,7 +273,7 @@ Serve = Callable[..., Serving]
 def _served(stack: ExitStack) -> Iterator[Serve]:
     from tunesmith.screen import Screen
     from tunesmith.serve.engine import Limits
-    from tunesmith.serve.hall import opened
+    from tunesmith.serve.hall import line_up, opened
     from tunesmith.serve.listen import bound
     from tunesmith.serve.start import Door, gate_for, http_server
     from tunesmith.serve.tuning import Shop, held, opened_desk
@@ -288,7 +288,7 @@ def _served(stack: ExitStack) -> Iterator[Serve]:
         most_file_bytes: int = 10_000_000,
         **limits: int,
     ) -> Serving:
-        hall = opened([str(model) for model in models], "", Limits(**limits), World())
+        hall = opened(line_up([str(model) for model in models], ""), Limits(**limits), World())
         stack.callback(hall.engine.close)
         server_socket = stack.enter_context(closing(bound("127.0.0.1", 0)))
         desk = None

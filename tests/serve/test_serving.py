@@ -25,7 +25,7 @@ import tunesmith.cli
 from tunesmith.errors import TunesmithError
 from tunesmith.folder import write_json
 from tunesmith.serve.engine import Limits
-from tunesmith.serve.hall import opened
+from tunesmith.serve.hall import line_up, opened
 from tunesmith.serve.start import MOST_BODY_BYTES, Door, gate_for
 from tunesmith.world import World
 
@@ -326,7 +326,7 @@ def test_runs_that_cannot_share_a_server_are_refused(runs: Runs, finished_run: P
 
 
 def test_a_fully_tuned_run_is_served_alone_by_its_own_name(finished_run: Path) -> None:
-    hall = opened([str(finished_run.parent / "run")], "full", Limits(), World())
+    hall = opened(line_up([str(finished_run.parent / "run")], "full"), Limits(), World())
     try:
         assert list(hall.served) == ["run"]
     finally:

@@ -31,12 +31,23 @@ class Served:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """A finished run as it is served: an adapter on `base`, or (`full`) a model of its own at `base`."""
+    """A finished run as it is served: the adapter at `made` on `base`, or (`full`) a model of its own at both."""
 
     name: str
     path: Path
+    made: Path
     base: str
     full: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineup:
+    """What is to be served together: adapters on one base, `source` as it was named and `base` where it lies."""
+
+    source: str
+    base: Path
+    name: str
+    adapters: tuple[Tuned, ...]
 
 
 class Hall:
@@ -93,8 +104,8 @@ class Hall:
         self.engine.remove_adapter(served.key)
 
 
-def opened(names: Sequence[str], update: str, limits: Limits, world: World) -> Hall:
-    """Load the base that all runs share, and their adapters. `names` are run folders, or one base model alone.
+def line_up(names: Sequence[str], update: str) -> Lineup:
+    """The base that all runs share, and their adapters. `names` are run folders, or one base model alone.
 
     A fully tuned run is a base of its own, so it is served alone. Raises TunesmithError.
     """
@@ -105,25 +116,30 @@ def opened(names: Sequence[str], update: str, limits: Limits, world: World) -> H
         raise FolderError("not a run folder", where=plain[0], fix=fix)
     if len({run.name for run in runs}) < len(runs):
         raise FolderError("two runs have the same name", where=" ".join(names), fix="Rename one of the folders.")
-    if len(runs) > 1 and any(run.full for run in runs):
-        alone = next(run for run in runs if run.full)
+    full = next((run for run in runs if run.full), None)
+    if len(runs) > 1 and full:
         fix = "Serve it alone, or give --update lora where it has an adapter too."
-        raise ModelError("a fully tuned model shares no base with others", where=str(alone.path), fix=fix)
+        raise ModelError("a fully tuned model shares no base with others", where=str(full.path), fix=fix)
     source = runs[0].base if runs else plain[0]
     base = resolve(source)
     strange = [run for run in runs if resolve(run.base) != base]
     if strange:
         what = f"an adapter of {strange[0].base}, not of {source}"
         raise ModelError(what, where=str(strange[0].path), fix="Start a server for each base.")
-    model = _loaded(str(base), world)
+    name = full.name if full else Path(source).name
+    if not full and name in {run.name for run in runs}:
+        raise FolderError("a run has the name of its base", where=name, fix="Rename the folder.")
+    return Lineup(source=source, base=base, name=name, adapters=() if full else tuple(runs))
+
+
+def opened(lineup: Lineup, limits: Limits, world: World) -> Hall:
+    """The base and its adapters, loaded. Raises TunesmithError."""
+    model = _loaded(str(lineup.base), world)
     context = min(limits.context_tokens, model.vocabulary.context_tokens)
     engine = Engine(model, Limits(rows=limits.rows, waiting=limits.waiting, context_tokens=context))
-    full = next((run for run in runs if run.full), None)
-    hall = Hall(engine, source, base, full.name if full else Path(source).name)
-    if hall.base_name in {run.name for run in runs if not run.full}:
-        raise FolderError("a run has the name of its base", where=hall.base_name, fix="Rename the folder.")
+    hall = Hall(engine, lineup.source, lineup.base, lineup.name)
     hall.add_base()
-    for run in (run for run in runs if not run.full):
+    for run in lineup.adapters:
         asyncio.run(hall.add(run.path, run.name))
     return hall
 
@@ -161,4 +177,4 @@ def tuned_run(path: Path, update: str) -> Tuned:
             fix="Finish it with `tunesmith run`, or choose another --update.",
         )
     base = str(made) if wanted == "full" else recipe.base
-    return Tuned(name=path.resolve().name, path=path, base=base, full=wanted == "full")
+    return Tuned(name=path.resolve().name, path=path, made=made, base=base, full=wanted == "full")

@@ -12,24 +12,27 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
+from typing import Literal
 
 import uvicorn
 
-from ..errors import RecipeError
+from ..errors import ModelError, RecipeError
 from ..screen import Screen
-from ..world import world_from_env
+from ..world import World, world_from_env
 from .app import server_app
 from .engine import Limits
 from .guard import Gate
-from .hall import Hall, opened
+from .hall import Hall, line_up, opened
 from .listen import LOOPBACK, bound, is_loopback
 from .objects import PAGE_PATH
 from .problems import refused
 from .tuning import FILES, Desk, Shop, held, opened_desk, tuning_routers
+from .vllm import find_vllm, serve_by_vllm
 
 MOST_BODY_BYTES = 4 * 1024 * 1024
 DRAIN_SECONDS = 300
 PUBLIC = frozenset({"/health"})
+Engines = Literal["auto", "own", "vllm"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +46,30 @@ class Door:
 
 
 def serve(
-    models: Sequence[str], door: Door, limits: Limits, screen: Screen, *, update: str = "", shop: Shop | None = None
+    models: Sequence[str],
+    door: Door,
+    limits: Limits,
+    screen: Screen,
+    *,
+    update: str = "",
+    shop: Shop | None = None,
+    engine: Engines = "auto",
 ) -> None:
     """Serve until told to stop. Raises TunesmithError where a run, the address or the port cannot be used."""
     gate = gate_for(door, tuning=shop is not None)
+    world = world_from_env()
+    if program := _vllm(engine, world, jobs=shop is not None):
+        with closing(bound(door.host, door.port)) as free:  # a port in use is said before weights are read
+            port = int(free.getsockname()[1])
+        screen.warn(f"answered by {program} in bfloat16: close to what was judged, not the same bits")
+        screen.warn("vLLM checks the key; it does not check Host and Origin as --engine own does")
+        serve_by_vllm(program, line_up(models, update), (door.host, port), door.key, limits.context_tokens, screen)
+        return
     with ExitStack() as stack:
         server_socket = stack.enter_context(closing(bound(door.host, door.port)))
         if shop:
             stack.enter_context(held(shop.folder))
-        hall = opened(models, update, limits, world_from_env())
+        hall = opened(line_up(models, update), limits, world)
         desk = None
         if shop:
             desk = stack.enter_context(opened_desk(shop, hall, screen, key=door.key))
@@ -61,6 +79,18 @@ def serve(
         _announce(hall, f"{address}/v1", screen)
         run_server(hall, gate, server_socket, desk)
     screen.line("every accepted answer was finished")
+
+
+def _vllm(engine: Engines, world: World, *, jobs: bool) -> str:
+    """The vLLM to start, or nothing where our own sampler answers. Raises TunesmithError."""
+    program = find_vllm() if engine != "own" else ""
+    if engine == "vllm" and not program:
+        fix = "pip install 'tunesmith[vllm]', or put an environment's `vllm` on the PATH."
+        raise ModelError("vLLM is not installed", where="--engine vllm", fix=fix)
+    if engine == "vllm" and jobs:
+        fix = "Leave --engine out, or serve the finished runs without --jobs."
+        raise RecipeError("vLLM takes no fine-tuning jobs", where="--engine vllm --jobs", fix=fix)
+    return program if engine == "vllm" or (world.device.type == "cuda" and not jobs) else ""
 
 
 def run_server(hall: Hall, gate: Gate, server_socket: socket.socket, desk: Desk | None = None) -> None:
@@ -120,7 +150,7 @@ def _announce(hall: Hall, address: str, screen: Screen) -> None:
     screen.line(f"models: {', '.join(hall.served)}")
     screen.line(f"{limits.rows} answers at once, {limits.waiting} waiting, context {limits.context_tokens} tokens")
     if hall.model.device.type == "cuda":
-        screen.warn("answered by Tunesmith's own sampler in bfloat16; vLLM would be faster on a GPU and is not used")
+        screen.warn("answered by Tunesmith's own sampler in bfloat16; vLLM is faster on a GPU (tunesmith[vllm])")
     screen.line(f"{address}   (stop with Ctrl-C or SIGTERM; answers under way are finished)")
 
 

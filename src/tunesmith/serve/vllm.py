@@ -1,0 +1,89 @@
+"""vLLM behind the same command: what the runs handed over, with the template, ends of turn and names they had here.
+
+vLLM is a program of its own, found beside this Python or on the PATH: it wants its own version of torch, so it usually
+has an environment of its own. It computes in bfloat16 with its own kernels, so its answers are close to those that were
+judged and not the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import ModelError
+from ..folder import read_json, write_json, write_text
+from ..model.load import Vocabulary, load_vocabulary
+from ..screen import Screen
+from .hall import Lineup
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be told to make room for
+
+
+def find_vllm() -> str:
+    """The program, or nothing."""
+    return shutil.which("vllm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}") or ""
+
+
+def serve_by_vllm(
+    program: str, lineup: Lineup, address: tuple[str, int], key: str, context_tokens: int, screen: Screen
+) -> None:
+    """Run vLLM until it ends, and hand on the signals that end it. Raises ModelError where it fails."""
+    vocabulary = load_vocabulary(str(lineup.base))
+    with tempfile.TemporaryDirectory(prefix="tunesmith-") as beside:
+        words = [program, *arguments(lineup, vocabulary, address, context_tokens, Path(beside))]
+        screen.line(" ".join(words))
+        # In the environment, because every user of a machine can read a command's words.
+        environment = {**os.environ, **({"VLLM_API_KEY": key} if key else {})}
+        process = subprocess.Popen(words, env=environment)
+        before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+        try:
+            code = _ended(process)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            process.kill()
+            process.wait()
+    if code not in (0, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT):
+        fix = "Read its messages above; --engine own serves without it."
+        raise ModelError(f"vLLM ended with status {code}", where=program, fix=fix)
+
+
+def arguments(
+    lineup: Lineup, vocabulary: Vocabulary, address: tuple[str, int], context_tokens: int, beside: Path
+) -> Sequence[str]:
+    """The words after `vllm`; template and ends of turn are written into `beside`, for vLLM reads them its own way."""
+    # With this folder vLLM also leaves the base's own temperature alone: 1 is the default here and at OpenAI.
+    write_json(beside / "generation_config.json", {"eos_token_id": list(vocabulary.eos_ids)})
+    template = beside / "chat_template.jinja"
+    write_text(template, str(vocabulary.tokenizer.chat_template))
+    words = ["serve", str(lineup.base), "--served-model-name", lineup.name]
+    words += ["--host", address[0], "--port", str(address[1])]
+    words += ["--dtype", "bfloat16", "--max-model-len", str(min(context_tokens, vocabulary.context_tokens))]
+    words += ["--generation-config", str(beside), "--chat-template", str(template)]
+    if lineup.adapters:
+        ranks = [read_json(run.made / "adapter_config.json")["r"] for run in lineup.adapters]
+        words += ["--enable-lora", "--max-loras", str(len(ranks)), "--max-lora-rank", str(_room(max(ranks)))]
+        words += ["--lora-modules", *(f"{run.name}={run.made.resolve()}" for run in lineup.adapters)]
+    return words
+
+
+def _room(rank: int) -> int:
+    """The smallest room that holds `rank`. Raises ModelError where none does."""
+    if rank > RANKS[-1]:
+        fix = "Serve the run with --engine own, or export it with --to merged and serve that."
+        raise ModelError(f"vLLM holds adapters up to rank {RANKS[-1]}", where=f"rank {rank}", fix=fix)
+    return next(room for room in RANKS if room >= rank)
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """The status that it ends with. Ctrl-C reaches both processes, and vLLM finishes first."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
