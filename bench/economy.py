@@ -29,7 +29,8 @@ from tunesmith.methods.rehearsal import Rehearsal
 from tunesmith.methods.sft import CrossEntropy
 from tunesmith.model.load import Model, load
 from tunesmith.model.sample import Sampling
-from tunesmith.pipeline.prepare import answer_room, answer_tokens
+from tunesmith.pipeline.prepare import answer_room
+from tunesmith.pipeline.rows import answer_tokens
 from tunesmith.pipeline.tune import attach, optimization, steps_of
 from tunesmith.recipe import DataSpec, TaskSpec, Update, parse_recipe
 from tunesmith.train.fit import fit

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tunesmith.data import store
 from tunesmith.data.layout import plain_row
-from tunesmith.data.store import Places, Stored, join, some, stored_examples, stored_ledger, stored_rows
+from tunesmith.data.store import Codec, Places, Stored, join, some, stored_examples, stored_ledger, stored_rows
 from tunesmith.errors import FolderError
 from tunesmith.types import Comparison, Conversation, Example, LedgerEntry, Message, Row
 
@@ -27,8 +27,15 @@ ROWS: tuple[Row, ...] = (
 )
 
 
+@pytest.fixture(scope="module", params=[0, store.KEPT_BYTES], ids=["read back", "kept"], autouse=True)
+def _kept(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "KEPT_BYTES", request.param)
+        yield
+
+
 def texts(*values: str) -> Stored[str]:
-    return Stored(str.encode, bytes.decode, values)
+    return Stored(Codec(str.encode, bytes.decode), values)
 
 
 def test_rows_come_back_as_they_were() -> None:

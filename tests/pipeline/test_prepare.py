@@ -16,7 +16,8 @@ from tunesmith.data.store import Lazy
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.model.load import Vocabulary, load_vocabulary
 from tunesmith.pipeline.forecast import what_rows_show
-from tunesmith.pipeline.prepare import Prepared, conversations, fingerprints, prepare, questions
+from tunesmith.pipeline.prepare import Prepared, fingerprints, prepare, questions
+from tunesmith.pipeline.rows import conversations
 from tunesmith.recipe import DataSpec, TaskSpec, parse_recipe
 from tunesmith.screen import Screen
 from tunesmith.types import Conversation

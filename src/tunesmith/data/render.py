@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -37,8 +38,9 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, eos_i
     for turn, message in enumerate(conversation.messages):
         if message.role != "assistant":
             continue
-        context = _rendered(conversation, turn, tokenizer)
-        answer = _answer(conversation, turn, tokenizer, eos_ids)
+        before = _turns(conversation, turn, tokenizer, opens=True)
+        context = encode(tokenizer, before)
+        answer = _answer(conversation, turn, before, tokenizer, eos_ids)
         if context[: len(tokens)] != tokens:
             examples.append(_example(tokens, weights, conversation, len(examples)))
             tokens, weights = [], []
@@ -55,9 +57,9 @@ def render_last(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, 
     return replace(example, weights=weights)
 
 
-def _rendered(conversation: Conversation, turn: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _turns(conversation: Conversation, count: int, tokenizer: PreTrainedTokenizerBase, *, opens: bool) -> str:
     try:
-        return prompt_tokens(conversation.messages[:turn], tokenizer, conversation.tools)
+        return _text(conversation.messages[:count], tokenizer, conversation.tools, opens=opens)
     except (jinja2.TemplateError, TypeError, KeyError) as error:
         raise DataError(
             f"the chat template cannot render this row: {error}",
@@ -67,16 +69,10 @@ def _rendered(conversation: Conversation, turn: int, tokenizer: PreTrainedTokeni
 
 
 def _answer(
-    conversation: Conversation, turn: int, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]
+    conversation: Conversation, turn: int, before: str, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]
 ) -> list[int]:
-    """Ids of one answer up to and with its end of turn; the end is added where the template has none."""
-    before = _text(conversation.messages[:turn], tokenizer, conversation.tools, opens=True)
-    try:
-        after = _text(conversation.messages[: turn + 1], tokenizer, conversation.tools, opens=False)
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
-        raise DataError(
-            f"the chat template cannot render this row: {error}", where=conversation.source, fix="Check its roles."
-        ) from None
+    """Ids of the answer that follows `before`, up to and with its end, which is added where the template has none."""
+    after = _turns(conversation, turn + 1, tokenizer, opens=False)
     if not after.startswith(before):
         raise DataError(
             "the chat template writes the answer elsewhere than where the model would be asked for it",
@@ -95,6 +91,9 @@ def _refuse_early_end(
     """An answer that spells the end of turn would be cut there, in training and in every served answer."""
     message = conversation.messages[turn]
     written = message.content + json.dumps([dict(call) for call in message.tool_calls], ensure_ascii=False)
+    spelled = _spellings(tokenizer, tuple(eos_ids))
+    if spelled and not any(text in written for text in spelled):
+        return
     inside = [token for token in encode(tokenizer, written) if token in eos_ids]
     if inside:
         raise DataError(
@@ -102,6 +101,14 @@ def _refuse_early_end(
             where=conversation.source,
             fix="Remove or respell these characters: the model could never write what follows them.",
         )
+
+
+@lru_cache(maxsize=4)
+def _spellings(tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...]) -> tuple[str, ...]:
+    """How the ends of turn are written, where nothing else gives their ids; empty where other text could."""
+    added = tokenizer.added_tokens_decoder
+    known = [added[token] for token in eos_ids if token in added and not added[token].normalized]
+    return tuple(token.content for token in known) if len(known) == len(eos_ids) else ()
 
 
 def _plain_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> Example:

@@ -25,7 +25,7 @@ from jaxtyping import UInt32, UInt64
 
 from ..errors import RecipeError
 from ..types import Comparison, Message, Row
-from .store import Places, Stored, View, digest
+from .store import Codec, Places, Stored, View, digest
 
 Shingles = UInt64[np.ndarray, "_"]
 
@@ -108,7 +108,7 @@ def _alike(a: Side, b: Side, threshold: float) -> bool:
 
 def _sides(rows: Sequence[Row]) -> View[tuple[Side, ...]]:
     """The sides of each row; their shingles are on disk."""
-    shingles = Stored(_to_bytes, _from_bytes, ([_shingles(text) for text in row_texts(row)] for row in rows))
+    shingles = Stored(Codec(_to_bytes, _from_bytes), ([_shingles(text) for text in row_texts(row)] for row in rows))
     boilerplate = _boilerplate(shingles)
 
     @lru_cache(maxsize=_KEPT_ROWS)

@@ -1,9 +1,9 @@
 """Sequences that live on disk, so that memory does not grow with the file of rows.
 
 A `Stored` sequence writes each value once to a temporary file and reads it back when it is asked for: 8 bytes of memory
-a value. A `View` is some of another sequence in an order of its own: 8 bytes a value again. Both behave as the tuple of
-the same values would. The temporary file has no name, so it is gone when the process ends, however it ends; it stands
-where `$TMPDIR` says.
+a value, and the first few MB of values as they are, so that a small file is not read back at all. A `View` is some of
+another sequence in an order of its own: 8 bytes a value again. Both behave as the tuple of the same values would. The
+temporary file has no name, so it is gone when the process ends, however it ends; it stands where `$TMPDIR` says.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from ..folder import storage_errors
 from ..types import Comparison, Conversation, Example, LedgerEntry, Message, Row
 
 T = TypeVar("T")
+
+KEPT_BYTES = 4 << 20  # of a Stored's values stay in memory, as they lie on disk; as objects they take some 5 times that
 
 
 class Lazy(Sequence[T]):
@@ -74,11 +77,40 @@ class View(Lazy[T]):
         return self._make(int(self._places[place]))
 
 
+@dataclass(frozen=True, slots=True)
+class Codec(Generic[T]):
+    """How values of one kind lie on the disk."""
+
+    encode: Callable[[T], bytes]
+    decode: Callable[[bytes], T]
+
+    def write(self, values: Iterable[T], path: Path) -> None:
+        """Keep values in files of their own, for another process: PATH.bin, and in PATH.npy where each one ends."""
+        ends = array("q", [0])
+        with storage_errors(path), path.with_suffix(".bin").open("wb") as file:
+            for value in values:
+                ends.append(ends[-1] + file.write(self.encode(value)))
+            np.save(path.with_suffix(".npy"), np.array(ends), allow_pickle=False)
+
+    def read(self, path: Path) -> Lazy[T]:
+        """The values that were written there, read one at a time. Raises FolderError."""
+        with storage_errors(path):
+            ends, file = np.load(path.with_suffix(".npy"), allow_pickle=False), path.with_suffix(".bin").open("rb")
+
+        def at(place: int) -> T:
+            start, end = int(ends[place]), int(ends[place + 1])
+            return self.decode(os.pread(file.fileno(), end - start, start))
+
+        weakref.finalize(at, file.close)  # all views of the values hold `at`
+        return View(at, range(len(ends) - 1))
+
+
 class Stored(Lazy[T]):
     """Values appended once to a temporary file. Raises FolderError when the disk is full."""
 
-    def __init__(self, encode: Callable[[T], bytes], decode: Callable[[bytes], T], values: Iterable[T] = ()) -> None:
-        self._encode, self._decode, self._ends = encode, decode, array("q", [0])
+    def __init__(self, codec: Codec[T], values: Iterable[T] = ()) -> None:
+        self._codec, self._ends = codec, array("q", [0])
+        self._kept: list[T] = []
         with storage_errors(Path(tempfile.gettempdir())):
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
@@ -86,7 +118,9 @@ class Stored(Lazy[T]):
 
     def append(self, value: T) -> None:
         """Add a value at the end."""
-        data, end = self._encode(value), self._ends[-1]
+        data, end = self._codec.encode(value), self._ends[-1]
+        if end + len(data) <= KEPT_BYTES:
+            self._kept.append(value)
         with storage_errors(Path(tempfile.gettempdir())):
             while data:
                 # At a place of its own, as the reads: forked processes share the file's position.
@@ -103,8 +137,10 @@ class Stored(Lazy[T]):
         return len(self._ends) - 1
 
     def _at(self, place: int) -> T:
+        if place < len(self._kept):
+            return self._kept[place]
         start, end = self._ends[place], self._ends[place + 1]
-        return self._decode(os.pread(self._file.fileno(), end - start, start))
+        return self._codec.decode(os.pread(self._file.fileno(), end - start, start))
 
 
 def some(values: Sequence[T], places: Iterable[int] | np.ndarray) -> View[T]:
@@ -127,17 +163,17 @@ def join(*parts: Sequence[T]) -> View[T]:
 
 def stored_rows(rows: Iterable[Row] = ()) -> Stored[Row]:
     """Rows on disk."""
-    return Stored(_to_json, _row, rows)
+    return Stored(ROWS, rows)
 
 
 def stored_ledger(entries: Iterable[LedgerEntry] = ()) -> Stored[LedgerEntry]:
     """Ledger entries on disk."""
-    return Stored(_to_json, lambda data: LedgerEntry(**json.loads(data)), entries)
+    return Stored(LEDGER, entries)
 
 
 def stored_examples(examples: Iterable[Example] = ()) -> Stored[Example]:
     """Examples on disk, as 4 bytes a token id and 4 a weight or other number."""
-    return Stored(_example_bytes, _example, examples)
+    return Stored(EXAMPLES, examples)
 
 
 def digest(text: str | bytes) -> int:
@@ -241,3 +277,8 @@ def _example(data: bytes) -> Example:
         id=name,
         extra={key: numbers[1 + place].copy() for place, key in enumerate(extra)},
     )
+
+
+ROWS: Codec[Row] = Codec(_to_json, _row)
+LEDGER: Codec[LedgerEntry] = Codec(_to_json, lambda data: LedgerEntry(**json.loads(data)))
+EXAMPLES: Codec[Example] = Codec(_example_bytes, _example)

@@ -28,8 +28,9 @@ from ..screen import Screen
 from ..types import Comparison, Conversation, Measurement, Message
 from ..world import World
 from .pairs import comparisons
-from .prepare import conversations, questions
+from .prepare import questions
 from .reward import agreement_with
+from .rows import conversations
 
 
 def open_model(name: str, world: World, update: str = "") -> Model:

@@ -6,29 +6,26 @@ Rows, examples and ledger stay on disk (data/store.py) and are read one at a tim
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from ..data.curate import SPLITS, Census, census, curate, drop_overlong
-from ..data.layout import is_prompt_only
-from ..data.read import items, read
-from ..data.render import render
+from ..data.curate import SPLITS, Census
+from ..data.read import items
 from ..data.similar import MANY_ROWS, MOST_COMPARED
-from ..data.split import split
-from ..data.store import View, join, some, stored_examples
-from ..errors import DataError, RecipeError
+from ..data.store import View, join
+from ..errors import DataError
 from ..evaluate.lookup import MOST_ROWS
 from ..folder import sha256_file
 from ..model.load import Vocabulary
-from ..recipe import DataSpec, Recipe, TaskSpec
+from ..recipe import Recipe, TaskSpec
 from ..screen import Screen
-from ..types import Conversation, Example, Item, LedgerEntry, Row
+from ..types import Conversation, Example, Item, LedgerEntry
+from .rows import curated
 
 ANSWER_ROOM = 1.25
 
@@ -64,30 +61,12 @@ class Prepared:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rendered:
-    """One split's rows and their examples, `parts[i]` of row i, in order."""
-
-    rows: Sequence[Conversation]
-    examples: Sequence[Example]
-    parts: Int[np.ndarray, "rows"]
-    longest_answer_tokens: int
-
-
 def prepare(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> Prepared:
     """Read, curate, split and render. Raises DataError that names file and line."""
-    spec = recipe.data
-    whole = split(read(spec.train, spec), spec)
-    if whole.note:
-        screen.line(whole.note)
-    kept, ledger = curate(whole, spec)
-    limit = min(spec.max_tokens or vocabulary.context_tokens, vocabulary.context_tokens)
-    found: dict[str, Rendered] = {}
-    for name in SPLITS:
-        found[name], entries = _rendered(conversations(getattr(kept, name)), vocabulary, limit, spec)
-        ledger.extend(entries)
-    train, valid, test = (found[name] for name in SPLITS)
-    counted = census(whole, replace(whole, train=train.rows, valid=valid.rows, test=test.rows), ledger)
+    spec, found = recipe.data, curated(recipe.data, vocabulary, screen)
+    train, valid, test = (found.splits[name] for name in SPLITS)
+    if found.note:
+        screen.line(found.note)
     check_trained(train.examples, vocabulary)
     valid_rows = recipe.evaluate.valid_rows
     longest = max(train.longest_answer_tokens, valid.longest_answer_tokens)
@@ -98,11 +77,11 @@ def prepare(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> Prepared:
         valid_items=questions(valid.rows[:valid_rows], recipe.task),
         test_items=questions(test.rows[: recipe.evaluate.rows], recipe.task),
         max_new_tokens=recipe.task.max_new_tokens or answer_room(longest),
-        census=counted,
-        ledger=ledger,
+        census=found.census,
+        ledger=found.ledger,
     )
     _show(prepared, screen)
-    if counted.total.read > MANY_ROWS and spec.near_duplicates < 1:
+    if found.census.total.read > MANY_ROWS and spec.near_duplicates < 1:
         compared = f"a row is compared with the {MOST_COMPARED} look-alikes before it in each hash band"
         screen.line(f"over {MANY_ROWS:,} rows: {compared}, so some near-duplicates may stay")
     return prepared
@@ -161,53 +140,6 @@ def check_trained(examples: Sequence[Example], vocabulary: Vocabulary) -> None:
             where="data.train",
             fix="Check the base's chat template and eos token with `tunesmith check`.",
         )
-
-
-def _rendered(
-    rows: Sequence[Conversation], vocabulary: Vocabulary, limit: int, spec: DataSpec
-) -> tuple[Rendered, Sequence[LedgerEntry]]:
-    """Rows within the limit with their examples, and ledger entries of the others."""
-    examples = stored_examples()
-    parts, lengths, answers = array("i"), array("i"), array("i")
-    for row in rows:
-        made = render(row, vocabulary.tokenizer, vocabulary.eos_ids)
-        examples.extend(made)
-        parts.append(len(made))
-        lengths.append(max(len(example.tokens) for example in made))
-        answers.append(answer_tokens(made[-1]) if row.prompt else 0)
-    kept, entries = drop_overlong(rows, lengths, limit, spec.overlong)
-    fits = np.array(lengths) <= limit
-    found = Rendered(
-        rows=kept,
-        examples=some(examples, np.flatnonzero(np.repeat(fits, parts))),
-        parts=np.array(parts)[fits],
-        longest_answer_tokens=int(np.array(answers)[fits].max(initial=0)),
-    )
-    return found, entries
-
-
-def conversations(rows: Sequence[Row]) -> Sequence[Conversation]:
-    """Rows that supervised tuning can use. Raises RecipeError for preference pairs, DataError for prompts alone."""
-    if not _all_conversations(rows):
-        raise RecipeError(
-            "these rows are preference pairs, and method sft imitates single answers",
-            where="method",
-            fix="Give prompt and completion columns.",
-        )
-    silent = next((row for row in rows if is_prompt_only(row)), None)
-    if silent is not None:
-        fix = "Give a completion column, or let a policy write the answers (method ppo or grpo)."
-        raise DataError("the row has a prompt and no answer to imitate", where=silent.source, fix=fix)
-    return rows
-
-
-def _all_conversations(rows: Sequence[Row]) -> TypeGuard[Sequence[Conversation]]:
-    return all(isinstance(row, Conversation) for row in rows)
-
-
-def answer_tokens(example: Example) -> int:
-    """Tokens of the last answer, end of turn included."""
-    return len(example.tokens) - 1 - int(np.flatnonzero(example.weights == 0)[-1])
 
 
 def answer_room(longest_tokens: int) -> int:

@@ -29,7 +29,7 @@ from ..model.sample import Sampling, sample
 from ..recipe import DataSpec, Recipe
 from ..screen import Screen
 from ..types import Conversation, Grade, Item, Message
-from .prepare import conversations
+from .rows import conversations
 
 AGREEING_TEMPERATURE = 0.7
 MOST_ANSWER_TOKENS = 256

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from .checkpoint import trainable
 from .meter import memory_bytes, own_bytes, peak_memory_bytes, reset_peak_memory
 
 DRY_STEPS, SEARCHED_STEPS = 3, 64
+DRY_SECONDS = 3.0  # after which no further micro-batch is timed
 RESERVED = 0.9  # share of the memory that a run may plan with
 SAFE = 0.7  # of the micro-batch that would just fit
 RATES: dict[Method, float] = {"sft": 1.0, "reward": 0.3, "dpo": 0.05, "ppo": 0.4, "grpo": 0.2}  # docs/log.md
@@ -223,7 +225,7 @@ def predict(
     batch: int,
     reach: Reach = EVERYWHERE,
 ) -> Prediction:
-    """Time forward and backward passes of a few steps, weights untouched; memory from the heaviest of them.
+    """Time forward and backward passes of a few micro-batches, weights untouched; memory from the heaviest of them.
 
     Where the states of frozen blocks are kept, their forward pass is timed too, and counted once a row.
 
@@ -239,19 +241,15 @@ def predict(
     fixed, longest = float(resting + 3 * weights), math.ceil(max(sizes))
     _refuse_too_big(float(_step_bytes(model, len(heaviest.tokens))), fixed, heaviest, longest, model.device)
     _pass(model, heaviest, loss)
-    rates = []
+    rates, spent = [], 0.0
     spared = max(source.steps * batch - reach.rows, 0) * reach.row_tokens / (source.steps * batch * np.mean(sizes))
-    for step in steps[1:] or steps:
-        start = time.monotonic()
-        for one in step:
-            _pass(model, one, loss)
-        took = time.monotonic() - start
-        if spared:
-            start = time.monotonic()
-            for one in step:
-                _pass_below(model, one)
-            took -= spared * (time.monotonic() - start)
-        rates.append(took / sum(len(b.tokens) for b in step))
+    for one in _in_turn(steps[1:] or steps):
+        if spent > DRY_SECONDS:
+            break
+        took = _seconds(lambda one=one: _pass(model, one, loss))
+        below = _seconds(lambda one=one: _pass_below(model, one)) if spared else 0.0
+        spent += took + below
+        rates.append((took - spared * below) / len(one.tokens))
     peak = peak_memory_bytes(model.device)
     for parameter in parameters.values():
         parameter.grad = None
@@ -266,6 +264,17 @@ def predict(
         peak_memory_bytes=float(moving + fixed),
         flops=flops(model, update, sizes, source.steps * batch, reach),
     )
+
+
+def _in_turn(steps: Sequence[Sequence[Batch]]) -> Iterator[Batch]:
+    """The first micro-batch of each step, then the second of each, and so on."""
+    return (one for together in zip_longest(*steps) for one in together if one is not None)
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    start = time.monotonic()
+    work()
+    return time.monotonic() - start
 
 
 def _spread(steps: int, count: int) -> list[int]:
