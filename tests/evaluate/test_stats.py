@@ -280,7 +280,7 @@ def test_the_reasons_tell_every_number() -> None:
     assert verdict.reasons == (
         "lora answers 81.5 % of 200 held-out rows exactly; the best prompted base (few_shot) 0.0 %; "
         "difference +81.5 points, 95 % interval +75.6 to +87.4 (p = 0.001).",
-        "The interval lies on the better side of 0, so lora is better on rows like these.",
+        "The interval lies on the better side of 0, so the tuned model is better on rows like these.",
         "General loss changed by +0.220 nats per token, 95 % interval +0.100 to +0.340: the interval straddles the "
         "limit of 0.2, so too much forgetting is not ruled out. The estimate itself is above it.",
     )

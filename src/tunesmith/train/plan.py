@@ -27,7 +27,7 @@ from ..recipe import Method, Recipe, Update
 from ..tensors import Batch, Loss, StepSource
 from ..types import Derived, Example
 from .checkpoint import trainable
-from .meter import memory_bytes, own_bytes, peak_memory_bytes, reset_peak_memory
+from .meter import memory_bytes, own_bytes, peak_memory_bytes, release_memory, reset_peak_memory
 
 DRY_STEPS, SEARCHED_STEPS = 3, 64
 DRY_SECONDS = 3.0  # after which no further micro-batch is timed
@@ -235,6 +235,7 @@ def predict(
     steps = [source(step) for step in _spread(source.steps, DRY_STEPS + 1)]
     looked_at = (batch for step in _spread(source.steps, SEARCHED_STEPS) for batch in source(step))
     heaviest = max(looked_at, key=lambda one: len(one.tokens))
+    release_memory()  # what preparing the rows left
     reset_peak_memory()
     resting = _resting_bytes(model)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
