@@ -1,7 +1,7 @@
 """Sequences that live on disk, so that memory does not grow with the file of rows.
 
 A `Stored` sequence writes each value once to a temporary file and reads it back when it is asked for: 8 bytes of memory
-a value, and the first few MB of values as they are, so that a small file is not read back at all. A `View` is some of
+a value. Up to a few MB the values stay in memory as well, so that a small file is not read back. A `View` is some of
 another sequence in an order of its own: 8 bytes a value again. Both behave as the tuple of the same values would. The
 temporary file has no name, so it is gone when the process ends, however it ends; it stands where `$TMPDIR` says.
 """
@@ -26,7 +26,9 @@ from ..types import Comparison, Conversation, Example, LedgerEntry, Message, Row
 
 T = TypeVar("T")
 
-KEPT_BYTES = 4 << 20  # of a Stored's values stay in memory, as they lie on disk; as objects they take some 5 times that
+KEPT_BYTES = (
+    4 << 20
+)  # on disk, up to which a Stored's values stay in memory too; as objects they take some 5 times that
 
 
 class Lazy(Sequence[T]):
@@ -121,6 +123,8 @@ class Stored(Lazy[T]):
         data, end = self._codec.encode(value), self._ends[-1]
         if end + len(data) <= KEPT_BYTES:
             self._kept.append(value)
+        elif self._kept:
+            self._kept = []
         with storage_errors(Path(tempfile.gettempdir())):
             while data:
                 # At a place of its own, as the reads: forked processes share the file's position.

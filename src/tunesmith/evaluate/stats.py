@@ -283,10 +283,10 @@ def _judge_gain(contrast: Contrast) -> tuple[Decision, list[str]]:
     reasons = []
     if low > 0:
         decision: Decision = "ship"
-        reasons.append(f"The interval lies on the better side of 0, so the tuned model is better on rows like these.")
+        reasons.append("The interval lies on the better side of 0, so the tuned model is better on rows like these.")
     elif high < 0:
         decision = "do not ship"
-        reasons.append(f"The interval lies on the worse side of 0, so the tuned model is worse on rows like these.")
+        reasons.append("The interval lies on the worse side of 0, so the tuned model is worse on rows like these.")
     else:
         decision = "not shown"
         reasons.append("The interval holds 0, so neither a gain nor a loss is shown.")
