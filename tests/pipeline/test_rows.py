@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_what_was_prepared_before_is_found_as_it_was_and_only_its_owner_may_read
     assert [entry.reason for entry in found.ledger] == ["exact duplicate"]
 
 
-@pytest.mark.parametrize("change", ["file", "seed", "template", "tokenizer", "code"])
+@pytest.mark.parametrize("change", ["file", "seed", "template", "tokenizer", "context", "library", "code"])
 def test_whatever_has_a_say_in_the_rows_makes_them_anew(
     change: str, spec: DataSpec, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,12 +81,19 @@ def test_whatever_has_a_say_in_the_rows_makes_them_anew(
             vocabulary.tokenizer.chat_template = str(vocabulary.tokenizer.chat_template).replace("tiny", "small")
         case "tokenizer":
             files.write_bytes(before + b" ")
+        case "context":
+            vocabulary = replace(vocabulary, context_tokens=300)
+        case "library":
+            rows._code.cache_clear()
+            monkeypatch.setattr(rows, "version", lambda name: "another")
         case _:
             monkeypatch.setattr(rows, "_code", lambda: ["another version"])
     try:
         curated(spec, vocabulary, Screen(quiet=True))
     finally:
         files.write_bytes(before)
+        if change == "library":
+            rows._code.cache_clear()
     assert len(kept()) == 2
 
 
@@ -120,6 +128,12 @@ def test_the_cache_holds_a_few_sets_and_those_used_last(spec: DataSpec, vocabula
     curated(spec.model_copy(update={"seed": 99}), vocabulary, Screen(quiet=True))
     assert len(kept()) == rows.MOST_KEPT
     assert used in kept()
+
+
+def test_a_template_that_writes_the_date_is_rendered_every_time(spec: DataSpec, vocabulary: Vocabulary) -> None:
+    vocabulary.tokenizer.chat_template = "{{ strftime_now('%d') }}" + str(vocabulary.tokenizer.chat_template)
+    curated(spec, vocabulary, Screen(quiet=True))
+    assert not (cache_folder() / "data").exists()
 
 
 def test_few_rows_and_rows_from_elsewhere_than_a_file_are_not_kept(

@@ -34,10 +34,11 @@ told = {{
     "template": pathlib.Path(option("--chat-template")).read_text(),
 }}
 pathlib.Path({told!r}).write_text(json.dumps(told))
-print("ready", flush=True)
 if {status}:
     sys.exit({status})
-signal.signal(signal.SIGTERM, lambda *_: (print("drained", flush=True), sys.exit(0)))
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: (print("drained", flush=True), sys.exit(0)))
+print("ready", flush=True)
 while True:
     signal.pause()
 """
@@ -51,7 +52,10 @@ def stand_in(folder: Path, status: int = 0) -> Path:
     return told
 
 
-def test_vllm_gets_adapters_template_ends_and_key_and_ends_with_the_server(runs: Runs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_vllm_gets_adapters_template_ends_and_key_and_ends_with_the_server(
+    number: signal.Signals, runs: Runs, tmp_path: Path
+) -> None:
     told = stand_in(tmp_path)
     command = [sys.executable, "-m", "tunesmith.cli", "serve", str(runs.a), str(runs.b), "--engine", "vllm"]
     command += ["--port", "0", "--key", "a-secret"]
@@ -60,7 +64,7 @@ def test_vllm_gets_adapters_template_ends_and_key_and_ends_with_the_server(runs:
         assert run.stdout
         assert run.stderr
         assert run.stdout.readline() == "ready\n", run.stderr.read()
-        run.send_signal(signal.SIGTERM)
+        run.send_signal(number)
         said, errors = run.communicate(timeout=60)
     assert (run.returncode, said) == (0, "drained\n"), errors
     found, vocabulary = json.loads(told.read_text()), load_vocabulary(str(runs.base))

@@ -106,6 +106,8 @@ def _refuse_early_end(
 @lru_cache(maxsize=4)
 def _spellings(tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...]) -> tuple[str, ...]:
     """How the ends of turn are written, where nothing else gives their ids; empty where other text could."""
+    if tokenizer.unk_token_id in eos_ids:
+        return ()
     added = tokenizer.added_tokens_decoder
     known = [added[token] for token in eos_ids if token in added and not added[token].normalized]
     return tuple(token.content for token in known) if len(known) == len(eos_ids) else ()

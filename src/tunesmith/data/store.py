@@ -1,9 +1,10 @@
 """Sequences that live on disk, so that memory does not grow with the file of rows.
 
 A `Stored` sequence writes each value once to a temporary file and reads it back when it is asked for: 8 bytes of memory
-a value. Up to a few MB the values stay in memory as well, so that a small file is not read back. A `View` is some of
-another sequence in an order of its own: 8 bytes a value again. Both behave as the tuple of the same values would. The
-temporary file has no name, so it is gone when the process ends, however it ends; it stands where `$TMPDIR` says.
+a value. Up to 4 MB on the disk they stay in memory as well (some 20 MB), so that a small file is not read back. A `View`
+is some of another sequence in an order of its own: 8 bytes a value again. Both behave as the tuple of the same values
+would. The temporary file has no name, so it is gone when the process ends, however it ends; it stands where `$TMPDIR`
+says.
 """
 
 from __future__ import annotations
@@ -120,17 +121,18 @@ class Stored(Lazy[T]):
 
     def append(self, value: T) -> None:
         """Add a value at the end."""
-        data, end = self._codec.encode(value), self._ends[-1]
-        if end + len(data) <= KEPT_BYTES:
-            self._kept.append(value)
-        elif self._kept:
-            self._kept = []
+        whole = data = self._codec.encode(value)
+        end = self._ends[-1]
         with storage_errors(Path(tempfile.gettempdir())):
             while data:
                 # At a place of its own, as the reads: forked processes share the file's position.
                 written = os.pwrite(self._file.fileno(), data, end)
                 data, end = data[written:], end + written
         self._ends.append(end)
+        if end <= KEPT_BYTES:
+            self._kept.append(self._codec.decode(whole))  # what the disk would give, whatever the size of the whole
+        elif self._kept:
+            self._kept = []
 
     def extend(self, values: Iterable[T]) -> None:
         """Add values at the end."""

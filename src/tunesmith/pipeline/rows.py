@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 import shutil
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeGuard, cast
 
@@ -28,14 +32,24 @@ from ..data.render import render
 from ..data.split import split
 from ..data.store import EXAMPLES, LEDGER, ROWS, some, stored_examples
 from ..errors import DataError, FolderError, RecipeError
-from ..folder import cache_folder, manifest_problem, read_json, sha256_file, write_json, write_manifest, written_aside
+from ..folder import (
+    cache_folder,
+    manifest_problem,
+    read_json,
+    sha256_file,
+    storage_errors,
+    write_json,
+    write_manifest,
+    written_aside,
+)
 from ..model.load import Vocabulary
 from ..recipe import DataSpec
 from ..screen import Screen
 from ..types import Conversation, Example, LedgerEntry, Row
 
 WORTH_KEEPING_ROWS = 2000
-VOCABULARY_FILES = (".json", ".jinja", ".txt", ".model")
+WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
+LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy", "pyarrow", "datasketch")
 MOST_KEPT = 8  # prepared data sets in the cache; the one not used for longest goes
 
 
@@ -63,12 +77,14 @@ def curated(spec: DataSpec, vocabulary: Vocabulary, screen: Screen) -> Curated:
     """Read, split, curate and render, or find that done before. Raises DataError that names file and line."""
     name = _name(spec, vocabulary)
     kept = cache_folder() / "data" / name
-    if name and kept.is_dir() and not manifest_problem(kept, hashes=False):
-        screen.line(f"rows and tokens as prepared before: {kept}")
-        kept.touch()
-        return _found(kept)
+    if name and _is_whole(kept):
+        with suppress(FolderError):  # another process may have just replaced it
+            found = _found(kept)
+            screen.line(f"rows and tokens as prepared before: {kept}")
+            return found
     made = _made(spec, vocabulary)
-    if name and made.census.total.read >= WORTH_KEEPING_ROWS:
+    # A file that was changed while it was read is not what its hash says.
+    if made.census.total.read >= WORTH_KEEPING_ROWS and name and name == _name(spec, vocabulary):
         try:
             _keep(made, kept)
         except FolderError as error:
@@ -143,18 +159,20 @@ def _rendered(
 
 
 def _name(spec: DataSpec, vocabulary: Vocabulary) -> str:
-    """A hash of all that the result depends on; empty where rows come from elsewhere than files."""
+    """A hash of all that the result depends on; empty where that is more than files, settings and code.
+
+    Rows from elsewhere may change there, and a template that writes the date changes by itself.
+    """
     files = [name for name in (spec.train, spec.valid, spec.test) if isinstance(name, str)]
-    if not all(Path(name).is_file() for name in files):
+    template = str(vocabulary.tokenizer.chat_template)
+    if not all(Path(name).is_file() for name in files) or "strftime" in template:
         return ""
-    small = [
-        path for path in sorted(vocabulary.folder.iterdir()) if path.suffix in (".json", ".jinja", ".txt", ".model")
-    ]
+    of_base = [path for path in sorted(vocabulary.folder.iterdir()) if path.suffix not in WEIGHTS and path.is_file()]
     facts = [
         spec.model_dump(mode="json", exclude={"rehearse"}),
         [sha256_file(Path(name)) for name in files],
-        [[path.name, sha256_file(path)] for path in small if path.is_file()],
-        [str(vocabulary.tokenizer.chat_template), vocabulary.eos_ids],
+        [[path.name, sha256_file(path)] for path in of_base],
+        [template, vocabulary.eos_ids, vocabulary.context_tokens],
         _code(),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -162,12 +180,19 @@ def _name(spec: DataSpec, vocabulary: Vocabulary) -> str:
 
 @cache
 def _code() -> list[str]:
-    """The version, and a hash of each file that has a say in what becomes of a row."""
-    return [__version__, *map(sha256_file, [Path(__file__), *sorted(Path(store.__file__).parent.glob("*.py"))])]
+    """Versions, and a hash of each file that has a say in what becomes of a row."""
+    return [
+        __version__,
+        platform.python_version(),
+        *map(version, LIBRARIES),
+        *map(sha256_file, [Path(__file__), *sorted(Path(store.__file__).parent.glob("*.py"))]),
+    ]
 
 
 def _keep(made: Curated, target: Path) -> None:
     """Write it as a folder that only its owner may read. Raises FolderError, and then nothing is left."""
+    if _is_whole(target):
+        return
     with written_aside(target) as folder:
         folder.chmod(0o700)
         LEDGER.write(made.ledger, folder / "ledger")
@@ -179,18 +204,28 @@ def _keep(made: Curated, target: Path) -> None:
         counts = asdict(made.census)["splits"]
         write_json(folder / "facts.json", {"census": counts, "note": made.note, "longest_answer_tokens": answers})
         write_manifest(folder)
-    others = sorted(target.parent.iterdir(), key=lambda path: path.stat().st_mtime)
-    for old in others[:-MOST_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    with storage_errors(target.parent):
+        whole = [path for path in target.parent.iterdir() if not path.name.startswith(".")]
+        for old in sorted(whole, key=lambda path: path.stat().st_mtime)[:-MOST_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    return folder.is_dir() and not manifest_problem(folder, hashes=False)
 
 
 def _found(folder: Path) -> Curated:
+    """What was kept, marked as used now. Raises FolderError where it cannot be read."""
     facts = read_json(folder / "facts.json")
+    with storage_errors(folder):
+        parts = {name: np.load(folder / f"{name}-parts.npy", allow_pickle=False) for name in SPLITS}
+    with suppress(OSError):  # another's cache may be read, if not written
+        os.utime(folder)
     splits = {
         name: Rendered(
             rows=cast("Sequence[Conversation]", ROWS.read(folder / f"{name}-rows")),
             examples=EXAMPLES.read(folder / f"{name}-examples"),
-            parts=np.load(folder / f"{name}-parts.npy", allow_pickle=False),
+            parts=parts[name],
             longest_answer_tokens=longest,
         )
         for name, longest in facts["longest_answer_tokens"].items()

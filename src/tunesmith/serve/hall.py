@@ -37,7 +37,12 @@ class Tuned:
     path: Path
     made: Path
     base: str
-    full: bool
+    update: str
+
+    @property
+    def full(self) -> bool:
+        """Whether all weights were tuned."""
+        return self.update == "full"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,26 +73,26 @@ class Hall:
         """Answer as the base too."""
         self.served[self.base_name] = Served(name=self.base_name, key="", root=str(self.base), since=int(time.time()))
 
-    def prepared(self, path: Path, name: str) -> Adapter:
+    def prepared(self, path: Path, name: str, update: str = "") -> Adapter:
         """Read a run's adapter from the disk. Raises TunesmithError unless it is a finished run of this base."""
         folder = RunFolder(path=path)
-        update = "lora" if folder.adapter.is_dir() or not folder.handed_over("economy").is_dir() else "economy"
-        tuned = tuned_run(path, update)
+        has_lora = folder.adapter.is_dir() or not folder.handed_over("economy").is_dir()
+        tuned = tuned_run(path, update or ("lora" if has_lora else "economy"))
         if resolve(tuned.base).resolve() != self.base.resolve():
             fix = f"This server holds {self.base_name}; start another for {tuned.base}."
             raise ModelError(f"the run is an adapter of another base, {tuned.base}", where=name, fix=fix)
-        adapter = read_adapter(folder.handed_over(update))
+        adapter = read_adapter(tuned.made)
         self.engine.adapters.check(adapter)
         return adapter
 
-    async def add(self, path: Path, name: str) -> None:
-        """Load a run's adapter while others are answered. Raises TunesmithError."""
+    async def add(self, path: Path, name: str, update: str = "") -> None:
+        """Load a run's adapter, of `update` if it has several, while others are answered. Raises TunesmithError."""
         if name in self.served or name in self._coming:
             fix = "Unload it first, or choose another name."
             raise ModelError(f"a model called {name} is served already", where="lora_name", fix=fix)
         self._coming.add(name)
         try:
-            adapter = await asyncio.to_thread(self.prepared, path, name)
+            adapter = await asyncio.to_thread(self.prepared, path, name, update)
             self._made += 1
             key = f"{name}#{self._made}"  # a name used again must not meet the rows of its first bearer
             await asyncio.wrap_future(self.engine.add_adapter(key, adapter))
@@ -140,7 +145,7 @@ def opened(lineup: Lineup, limits: Limits, world: World) -> Hall:
     hall = Hall(engine, lineup.source, lineup.base, lineup.name)
     hall.add_base()
     for run in lineup.adapters:
-        asyncio.run(hall.add(run.path, run.name))
+        asyncio.run(hall.add(run.path, run.name, run.update))
     return hall
 
 
@@ -177,4 +182,4 @@ def tuned_run(path: Path, update: str) -> Tuned:
             fix="Finish it with `tunesmith run`, or choose another --update.",
         )
     base = str(made) if wanted == "full" else recipe.base
-    return Tuned(name=path.resolve().name, path=path, made=made, base=base, full=wanted == "full")
+    return Tuned(name=path.resolve().name, path=path, made=made, base=base, update=wanted)

@@ -58,11 +58,11 @@ def serve(
     """Serve until told to stop. Raises TunesmithError where a run, the address or the port cannot be used."""
     gate = gate_for(door, tuning=shop is not None)
     world = world_from_env()
-    if program := _vllm(engine, world, jobs=shop is not None):
+    if program := _vllm(engine, world, alone=is_loopback(door.host), jobs=shop is not None):
         with closing(bound(door.host, door.port)) as free:  # a port in use is said before weights are read
             port = int(free.getsockname()[1])
         screen.warn(f"answered by {program} in bfloat16: close to what was judged, not the same bits")
-        screen.warn("vLLM checks the key; it does not check Host and Origin as --engine own does")
+        screen.warn("vLLM asks for the key under /v1 only, and checks neither Host nor Origin as --engine own does")
         serve_by_vllm(program, line_up(models, update), (door.host, port), door.key, limits.context_tokens, screen)
         return
     with ExitStack() as stack:
@@ -81,8 +81,11 @@ def serve(
     screen.line("every accepted answer was finished")
 
 
-def _vllm(engine: Engines, world: World, *, jobs: bool) -> str:
-    """The vLLM to start, or nothing where our own sampler answers. Raises TunesmithError."""
+def _vllm(engine: Engines, world: World, *, alone: bool, jobs: bool) -> str:
+    """The vLLM to start, or nothing where our own sampler answers. Raises TunesmithError.
+
+    Where others than this machine reach the address, vLLM, whose key guards only a part, has to be asked for by name.
+    """
     program = find_vllm() if engine != "own" else ""
     if engine == "vllm" and not program:
         fix = "pip install 'tunesmith[vllm]', or put an environment's `vllm` on the PATH."
@@ -90,7 +93,7 @@ def _vllm(engine: Engines, world: World, *, jobs: bool) -> str:
     if engine == "vllm" and jobs:
         fix = "Leave --engine out, or serve the finished runs without --jobs."
         raise RecipeError("vLLM takes no fine-tuning jobs", where="--engine vllm --jobs", fix=fix)
-    return program if engine == "vllm" or (world.device.type == "cuda" and not jobs) else ""
+    return program if engine == "vllm" or (world.device.type == "cuda" and alone and not jobs) else ""
 
 
 def run_server(hall: Hall, gate: Gate, server_socket: socket.socket, desk: Desk | None = None) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import ModelError
@@ -33,21 +34,14 @@ def find_vllm() -> str:
 def serve_by_vllm(
     program: str, lineup: Lineup, address: tuple[str, int], key: str, context_tokens: int, screen: Screen
 ) -> None:
-    """Run vLLM until it ends, and hand on the signals that end it. Raises ModelError where it fails."""
+    """Run vLLM until it ends; SIGTERM and Ctrl-C are handed on. Raises ModelError where it fails."""
     vocabulary = load_vocabulary(str(lineup.base))
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as beside:
         words = [program, *arguments(lineup, vocabulary, address, context_tokens, Path(beside))]
         screen.line(" ".join(words))
         # In the environment, because every user of a machine can read a command's words.
         environment = {**os.environ, **({"VLLM_API_KEY": key} if key else {})}
-        process = subprocess.Popen(words, env=environment)
-        before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
-        try:
-            code = _ended(process)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            process.kill()
-            process.wait()
+        code = _run(words, environment)
     if code not in (0, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT):
         fix = "Read its messages above; --engine own serves without it."
         raise ModelError(f"vLLM ended with status {code}", where=program, fix=fix)
@@ -80,10 +74,25 @@ def _room(rank: int) -> int:
     return next(room for room in RANKS if room >= rank)
 
 
-def _ended(process: subprocess.Popen[bytes]) -> int:
-    """The status that it ends with. Ctrl-C reaches both processes, and vLLM finishes first."""
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue
+def _run(words: Sequence[str], environment: dict[str, str]) -> int:
+    """Its status, once it has ended. The first signal is handed on; a second one ends it and all it started at once."""
+    asked: list[int] = []
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def hand_on(number: int, frame: object) -> None:
+        asked.append(number)
+        for process in processes:
+            os.killpg(process.pid, number if len(asked) == 1 else signal.SIGKILL)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        # In a session of its own, so that a terminal's Ctrl-C reaches it once, through here.
+        processes.append(subprocess.Popen(words, env=environment, start_new_session=True))
+        if asked:
+            hand_on(asked.pop(), None)
+        return processes[0].wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        with suppress(ProcessLookupError, IndexError):
+            os.killpg(processes[0].pid, signal.SIGKILL)  # what it left running

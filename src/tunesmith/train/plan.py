@@ -242,15 +242,18 @@ def predict(
     fixed, longest = float(resting + 3 * weights), math.ceil(max(sizes))
     _refuse_too_big(float(_step_bytes(model, len(heaviest.tokens))), fixed, heaviest, longest, model.device)
     _pass(model, heaviest, loss)
-    rates, spent = [], 0.0
-    spared = max(source.steps * batch - reach.rows, 0) * reach.row_tokens / (source.steps * batch * np.mean(sizes))
+    seconds_spent = tokens_timed = dry_seconds = 0.0
+    spared = (
+        max(source.steps * batch - reach.rows, 0) * reach.row_tokens / (source.steps * batch * float(np.mean(sizes)))
+    )
     for one in _in_turn(steps[1:] or steps):
-        if spent > DRY_SECONDS:
+        if dry_seconds > DRY_SECONDS:
             break
         took = _seconds(lambda one=one: _pass(model, one, loss))
         below = _seconds(lambda one=one: _pass_below(model, one)) if spared else 0.0
-        spent += took + below
-        rates.append((took - spared * below) / len(one.tokens))
+        dry_seconds += took + below
+        seconds_spent += took - spared * below
+        tokens_timed += len(one.tokens)
     peak = peak_memory_bytes(model.device)
     for parameter in parameters.values():
         parameter.grad = None
@@ -259,7 +262,7 @@ def predict(
     _refuse_too_big(moving, fixed, heaviest, longest, model.device)
     tokens_per_step = sum(len(b.tokens) for step in steps for b in step) / len(steps)
     optimizer_seconds = 28 * trained / 15e9
-    seconds = source.steps * (float(np.median(rates)) * tokens_per_step + optimizer_seconds)
+    seconds = source.steps * (seconds_spent / tokens_timed * tokens_per_step + optimizer_seconds)
     return Prediction(
         seconds=seconds,
         peak_memory_bytes=float(moving + fixed),
@@ -275,6 +278,8 @@ def _in_turn(steps: Sequence[Sequence[Batch]]) -> Iterator[Batch]:
 def _seconds(work: Callable[[], None]) -> float:
     start = time.monotonic()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.monotonic() - start
 
 
