@@ -309,7 +309,7 @@ def test_a_run_that_cannot_be_served_is_refused_with_the_reason(
     assert http.post(CHAT, json=QUESTION).status_code == 200
     if what != "absent":
         with pytest.raises(TunesmithError, match=BROKEN[what]):
-            opened([str(runs.a), str(path)], "", Limits(), World())
+            opened(line_up([str(runs.a), str(path)], ""), Limits(), World())
 
 
 def test_runs_that_cannot_share_a_server_are_refused(runs: Runs, finished_run: Path, tmp_path: Path) -> None:
@@ -322,13 +322,27 @@ def test_runs_that_cannot_share_a_server_are_refused(runs: Runs, finished_run: P
         ([runs.a], "base", "unknown update"),
     ]:
         with pytest.raises(TunesmithError, match=why):
-            opened([str(name) for name in names], update, Limits(), World())
+            line_up([str(name) for name in names], update)
 
 
 def test_a_fully_tuned_run_is_served_alone_by_its_own_name(finished_run: Path) -> None:
     hall = opened(line_up([str(finished_run.parent / "run")], "full"), Limits(), World())
     try:
         assert list(hall.served) == ["run"]
+    finally:
+        hall.engine.close()
+
+
+@pytest.mark.parametrize(("update", "rank"), [("lora", 4), ("economy", 8)])
+def test_of_two_adapters_the_one_asked_for_is_served(update: str, rank: int, runs: Runs, tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(runs.a, both)
+    shutil.copytree(runs.b / "adapter", both / "economy")
+    hall = opened(line_up([str(both)], update), Limits(), World())
+    try:
+        layers = hall.engine.adapters.layers.values()
+        ranks = {len(a) for layer in layers for a, _ in layer.low_rank.values()}
+        assert ranks == {rank}
     finally:
         hall.engine.close()
 

@@ -1,10 +1,10 @@
 """Sequences that live on disk, so that memory does not grow with the file of rows.
 
-A `Stored` sequence writes each value once to a temporary file and reads it back when it is asked for: 8 bytes of memory
-a value. Up to 4 MB on the disk they stay in memory as well (some 20 MB), so that a small file is not read back. A `View`
-is some of another sequence in an order of its own: 8 bytes a value again. Both behave as the tuple of the same values
-would. The temporary file has no name, so it is gone when the process ends, however it ends; it stands where `$TMPDIR`
-says.
+A `Stored` sequence writes each value once to a temporary file and reads it back when it is asked for: 8 bytes of
+memory a value. Up to 4 MB on the disk they stay in memory as well (some 20 MB), so that a small file is not read
+back. A `View` is some of another sequence in an order of its own: 8 bytes a value again. Both behave as the tuple of
+those values. The temporary file has no name, so it is gone when the process ends, however it ends; it stands where
+`$TMPDIR` says.
 """
 
 from __future__ import annotations
