@@ -27,9 +27,8 @@ from ..types import Comparison, Conversation, Example, LedgerEntry, Message, Row
 
 T = TypeVar("T")
 
-KEPT_BYTES = (
-    4 << 20
-)  # on disk, up to which a Stored's values stay in memory too; as objects they take some 5 times that
+# On the disk, up to which a Stored's values stay in memory too; as objects they take some 5 times that.
+KEPT_BYTES = 4 << 20
 
 
 class Lazy(Sequence[T]):

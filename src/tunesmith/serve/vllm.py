@@ -75,14 +75,20 @@ def _room(rank: int) -> int:
 
 
 def _run(words: Sequence[str], environment: dict[str, str]) -> int:
-    """Its status, once it has ended. The first signal is handed on; a second one ends it and all it started at once."""
+    """Its status, once it has ended. The first signal is handed on; a second one ends it and all it started at once.
+
+    The first goes to vLLM alone, which lets answers under way end before it stops its own processes.
+    """
     asked: list[int] = []
     processes: list[subprocess.Popen[bytes]] = []
 
     def hand_on(number: int, frame: object) -> None:
         asked.append(number)
         for process in processes:
-            os.killpg(process.pid, number if len(asked) == 1 else signal.SIGKILL)
+            if len(asked) == 1:
+                process.send_signal(number)
+            else:
+                _kill_all(process)
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -94,5 +100,11 @@ def _run(words: Sequence[str], environment: dict[str, str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        with suppress(ProcessLookupError, IndexError):
-            os.killpg(processes[0].pid, signal.SIGKILL)  # what it left running
+        for process in processes:
+            _kill_all(process)  # what it left running
+
+
+def _kill_all(leader: subprocess.Popen[bytes]) -> None:
+    """End the process and all of its session that are still there."""
+    with suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
