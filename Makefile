@@ -10,7 +10,7 @@ TORCH_INDEX ?= # for instance https://download.pytorch.org/whl/cpu on a machine 
 STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-rlhf test check bench bench-gpu clean
+.PHONY: help setup demo demo-rlhf test test-gpu check bench bench-gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -37,6 +37,9 @@ demo-rlhf: $(STAMP) ## reward models from people's choices, then PPO and DPO jud
 
 test: $(STAMP) ## every test
 	$(BIN)/python -m pytest -q -n auto
+
+test-gpu: $(STAMP) ## what needs a GPU
+	TUNESMITH_UNCHECKED=1 $(BIN)/python -m pytest -q tests/test_gpu.py
 
 check: $(STAMP) ## lint, format, types, import layers and the fast tests
 	$(BIN)/ruff check src tests

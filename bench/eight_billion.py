@@ -1,7 +1,7 @@
 """A model of 8 B random weights: what a step takes in time and memory, on a CPU exact LoRA within 24 GiB.
 
     python bench/eight_billion.py --shape 8b --tokens 512 --steps 2
-    python bench/eight_billion.py --gpu --tokens 4096 --steps 8 --update full
+    python bench/eight_billion.py --gpu --tokens 4096 --batch 4 --steps 8 --update full
 
 Writes a bfloat16 checkpoint of llama's shape in shards (16 GB for 8b), trains rank 16 on all linear layers, and deletes
 it. The weights are mapped from their files, so resident memory counts pages that the system may drop; what it may not
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -31,9 +32,9 @@ from tunesmith.screen import Screen
 from tunesmith.train.fit import fit
 from tunesmith.train.meter import reset_peak_memory
 from tunesmith.train.optim import Optimization
-from tunesmith.train.plan import derive
+from tunesmith.train.plan import derive, flops
 from tunesmith.types import Example
-from tunesmith.world import World
+from tunesmith.world import world_from_env
 
 # width, width of the gated layer, layers, heads, heads of keys, vocabulary: Llama 3.2 1B and 3B (tied), Llama 3.1 8B
 SHAPES = {
@@ -48,12 +49,16 @@ def main() -> None:
     """Write, train, print one JSON line, delete."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
-    parser.add_argument("--tokens", type=int, default=512, help="of each row, one row a step")
+    parser.add_argument("--tokens", type=int, default=512, help="of each row")
+    parser.add_argument("--batch", type=int, default=1, help="rows a step")
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--microbatch", type=int, help="tokens; derived unless given")
+    parser.add_argument("--profile", help="write what the kernels of the last step took into this file")
     parser.add_argument("--update", choices=["lora", "full"], default="lora")
     parser.add_argument("--gpu", action="store_true", help="end with 1 where there is none")
     parser.add_argument("--weights", default="auto", help="lora.weights")
     parser.add_argument("--recompute", action="store_true", help="whatever the plan says")
+    parser.add_argument("--tokenizer", default="smollm2-135m-instruct", help="the base whose tokenizer is taken")
     parser.add_argument("--folder", help="where the checkpoint is written, and kept if it is given")
     args = parser.parse_args()
     if args.gpu and not torch.cuda.is_available():
@@ -61,12 +66,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         folder = Path(args.folder or Path(scratch) / "model")
         if not folder.is_dir():
-            write(args.shape, folder)
+            write(args.shape, folder, args.tokenizer)
         trained(args, folder, Path(scratch))
 
 
-def write(shape: str, folder: Path) -> None:
-    """A folder with random weights of the shape, a few layers a file, and the built-in model's tokenizer."""
+def write(shape: str, folder: Path, tokenizer: str) -> None:
+    """A folder with random weights of the shape, a few layers a file, and another model's tokenizer."""
     width, wide, layers, heads, groups, vocabulary = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -92,7 +97,7 @@ def write(shape: str, folder: Path) -> None:
     for name in sizes:
         layer = int(name.split(".")[2]) // SHARD_LAYERS if ".layers." in name else name.split(".")[-2]
         files.setdefault(f"model-{layer}.safetensors", []).append(name)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
     for file, names in files.items():
         tensors = {name: _random(sizes[name], generator) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -100,7 +105,7 @@ def write(shape: str, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    for path in resolve("smollm2-135m-instruct").glob("tokenizer*"):
+    for path in resolve(tokenizer).glob("tokenizer*"):
         shutil.copy(path, folder)
 
 
@@ -108,38 +113,54 @@ def _random(size: torch.Size, generator: torch.Generator) -> torch.Tensor:
     """Small normal numbers, or ones for a normalisation, in bfloat16."""
     if len(size) == 1:
         return torch.ones(size, dtype=torch.bfloat16)
-    return torch.empty(size, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+    empty = torch.empty(size, dtype=torch.bfloat16, device=generator.device)
+    return empty.normal_(0, 0.02, generator=generator).cpu()
 
 
 def trained(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
     """Train a few steps and print what they took."""
-    recipe = parse_recipe({"base": str(folder), "data": {"train": "-"}, "lora": {"rank": 16, "weights": args.weights}})
-    start = time.perf_counter()
-    model = load(recipe.base, World(), recipe.weights)
+    how = {"batch": args.batch, "microbatch_tokens": args.microbatch}
+    lora = {"rank": 16, "weights": args.weights}
+    recipe = parse_recipe({"base": str(folder), "data": {"train": "-"}, "lora": lora, "train": how})
+    start, world = time.perf_counter(), world_from_env()
+    model = load(recipe.base, world, recipe.weights)
     found: dict[str, object] = {"shape": args.shape, "parameters": model.parameters, "tokens": args.tokens}
-    found["update"] = args.update
+    found |= {"update": args.update, "batch": args.batch}
     found |= {"load_seconds": round(time.perf_counter() - start, 1), "loaded_gb": memory()}
-    draw = np.random.default_rng(0)
-    weights = np.ones(args.tokens, dtype=np.float32)
-    rows = [
-        Example(tokens=draw.integers(3, 49_000, args.tokens), weights=weights, id=str(n)) for n in range(args.steps)
-    ]
+    rows = random_rows(args.steps * args.batch, args.tokens)
     settings = derive(recipe, args.update, model, rows)
     Screen().derived(settings.derived)
     attach(recipe, args.update, model, settings)
     if model.blocks:
         model.blocks.recompute |= args.recompute
-    source = SftSteps(rows, batch=1, epochs=1, budget_tokens=args.tokens, world=World())
+    source = SftSteps(rows, batch=args.batch, epochs=1, budget_tokens=settings.microbatch_tokens, world=world)
     reset_peak_memory()
-    how = Optimization(learning_rate=settings.learning_rate, warmup=0.0)
-    for done in fit(model, source, CrossEntropy(), how, scratch / "checkpoints", World()):
-        print(f"step {done.step}: loss {done.loss:.4f}, {done.tokens_per_second:.2f} tokens/s", flush=True)
-        rate = round(done.tokens / done.seconds, 2)
-        found |= {"seconds_a_step": round(done.seconds / done.step, 2), "tokens_per_second": rate, "loss": done.loss}
+    optimization = Optimization(learning_rate=settings.learning_rate, warmup=0.0)
+    done = []
+    watched = torch.profiler.profile() if args.profile else None
+    for step in fit(model, source, CrossEntropy(), optimization, scratch / "checkpoints", world):
+        print(f"step {step.step}: loss {step.loss:.4f}, {step.tokens_per_second:.2f} tokens/s", flush=True)
+        done.append(step)
+        if step.step == args.steps:
+            break  # before the checkpoint of the last step, which would be as large as the optimizer
+        if watched and step.step == args.steps - 1:
+            watched.start()
+    if watched:
+        watched.stop()
+        Path(args.profile).write_text(watched.key_averages().table(sort_by="cuda_time_total", row_limit=60))
+    rate = statistics.median(step.tokens_per_second for step in done[2:] or done)  # kernels are compiled in the first
+    useful = flops(model, args.update, [float(args.tokens)], 1) / args.tokens * rate
+    found |= {"tokens_per_second": round(rate, 2), "useful_tflops": round(useful / 1e12, 2), "loss": done[-1].loss}
     found |= {"weights": model.weights.value, "recompute": settings.recompute or args.recompute, "after_gb": memory()}
     if torch.cuda.is_available():
-        found["gpu_peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        found |= {"gpu": torch.cuda.get_device_name(), "gpu_peak_gb": torch.cuda.max_memory_allocated() / 1e9}
     print(json.dumps(found))
+
+
+def random_rows(count: int, tokens: int) -> list[Example]:
+    """Rows of random tokens, every one trained."""
+    draw, weights = np.random.default_rng(0), np.ones(tokens, dtype=np.float32)
+    return [Example(tokens=draw.integers(3, 49_000, tokens), weights=weights, id=str(n)) for n in range(count)]
 
 
 def memory() -> dict[str, float]:

@@ -21,9 +21,9 @@ _GROUP = (
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that a run may use: the device's free memory, or the machine's or its control group's limit."""
+    """Memory that a run may use: what others leave of the device's, or the machine's or its control group's limit."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for limit, _, _ in _GROUP:
         limits += numbers_in(limit)

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from ..errors import ModelError
 from ..tensors import Layout
 from .branches import Branches, branch_attention
+from .flash import Meeting, flash_attention, flashes, meetings
 
 NAME = "tunesmith_packed"
 
@@ -72,7 +73,8 @@ class PackedAttention:
     """Causal attention inside each segment and to the segments it continues.
 
     `prefix(layer)`, if given, holds keys and values [G P D] of tokens before the stream that every segment continues.
-    On a CPU shared keys are read where they stand (branches.py); elsewhere, and for windows, each row gets copies.
+    Shared keys are read where they stand, on a CPU by branches.py, on a GPU in 16 bits by flash.py; elsewhere, and for
+    windows, each row gets copies.
     """
 
     def __init__(self, layout: Layout, prefix: Callable[[int], tuple[Tensor, Tensor]] | None = None) -> None:
@@ -81,7 +83,8 @@ class PackedAttention:
         for segment, length in enumerate(layout.lengths):
             groups[length, layout.ancestors(segment)].append(segment)
         self.groups = [(members, chain) for (_, chain), members in groups.items()]
-        self.branches = Branches.of(layout)
+        self.layout, self.branches = layout, Branches.of(layout)
+        self.meetings: tuple[Meeting, ...] = ()
         self.longest = max(sum(self.lengths[s] for s in (members[0], *chain)) for members, chain in self.groups)
 
     def __call__(
@@ -90,8 +93,12 @@ class PackedAttention:
         """See Attend."""
         before = self.prefix(layer) if self.prefix else None
         longest = self.longest + (before[0].shape[1] if before else 0)
-        if query.device.type == "cpu" and (window is None or window >= longest):
-            return branch_attention(query, key, value, scaling, self.branches, before)
+        if window is None or window >= longest:
+            if query.device.type == "cpu":
+                return branch_attention(query, key, value, scaling, self.branches, before)
+            if flashes(query):
+                self.meetings = self.meetings or meetings(self.layout, query.device)
+                return flash_attention(query, key, value, scaling, self.meetings, before)
         return self._with_copies(query, key, value, scaling, window, before)
 
     def _with_copies(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .attention import Attend
 from .fused import GatedMlp, RmsNorm
-from .linear import Linear, answer
+from .linear import Linear, answer, met_as
 from .lora import LoraLinear
 from .sides import Dense, gated, into_attention, out_of_attention
 
@@ -76,8 +76,8 @@ class Blocks:
 
     @property
     def trains(self) -> bool:
-        """Whether `train` knows every layer."""
-        return self.norm.weight.dtype == torch.float32 and all(block.plain for block in self.blocks)
+        """Whether `train` knows every layer, and all is of one type outside matrices."""
+        return self.norm.weight.dtype == met_as(self.norm.weight) and all(block.plain for block in self.blocks)
 
     @property
     def frozen(self) -> int:
@@ -86,14 +86,20 @@ class Blocks:
             return 0
         return next((place for place, block in enumerate(self.blocks) if block.trained), len(self.blocks))
 
+    @property
+    def cache_bytes(self) -> int:
+        """What keys and values of a token take in all blocks."""
+        weights = [layer.weight for block in self.blocks for layer in (block.k, block.v)]
+        return sum(int(weight.shape[0]) * met_as(weight).itemsize for weight in weights)  # type: ignore[union-attr]
+
     def step_bytes(self, tokens: int) -> int:
-        """What a stream takes at its peak in training, in float32: kept for the gradients, and a block at work."""
+        """What a stream takes at its peak in training: kept for the gradients, and a block at work."""
         first = self.blocks[0]
         width, inner = first.norm.weight.numel(), first.o.weight.shape[1]  # type: ignore[union-attr]
         wide = first.gate.weight.shape[0]  # type: ignore[union-attr]
         block = 2 * width + 5 * inner + 2 * wide  # two inputs; q, k, v, seen before and after turning; gate, up
         kept = len(self.blocks) * width + block if self.recompute else len(self.blocks) * block
-        return 4 * tokens * int(kept + block)
+        return met_as(first.norm.weight).itemsize * tokens * int(kept + block)
 
     def train(
         self,

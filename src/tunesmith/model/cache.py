@@ -29,17 +29,17 @@ class Cache:
         return self.slots[layer]
 
     def file(
-        self, layer: int, slots: Tensor, places: Tensor, key: Tensor, value: Tensor, tokens: int
+        self, layer: int, slots: Tensor, places: Tensor, key: Tensor, value: Tensor, tokens: int, one_each: bool
     ) -> tuple[Tensor, Tensor]:
         """File keys and values [G N D] of new tokens; give the first `tokens` that each one's row now holds, [N G K D].
 
-        `slots` are in order and leave none out, so the last says whether each token has a row of its own.
+        `one_each` says that slots are 0, 1, 2...
         """
         keys, values = self.layer(layer, key)
         keys[slots, :, places] = key.transpose(0, 1)
         values[slots, :, places] = value.transpose(0, 1)
         keys, values = keys[:, :, :tokens], values[:, :, :tokens]
-        if int(slots[-1]) + 1 == len(slots):
+        if one_each:
             return keys[: len(slots)], values[: len(slots)]
         return keys.index_select(0, slots), values.index_select(0, slots)
 
@@ -59,12 +59,20 @@ class Cache:
             keys[target], values[target] = keys[source], values[source]
 
 
+def one_each(slots: Int[Tensor, "N"]) -> bool:
+    """Whether each token has a row of its own, of slots in order that leave none out."""
+    return int(slots[-1]) + 1 == len(slots)
+
+
 class Prefill(PackedAttention):
     """Packed attention that also files each segment's keys and values: in slots `first`..., or as the prefix."""
 
     def __init__(self, cache: Cache, layout: Layout, first: int | None) -> None:
         super().__init__(layout, cache.prefix.__getitem__ if cache.prefix else None)
-        self.cache, self.layout, self.first = cache, layout, first
+        self.cache, self.first = cache, first
+        sizes = torch.tensor(layout.lengths)
+        self.slots = torch.arange(first or 0, (first or 0) + len(sizes)).repeat_interleave(sizes)
+        self.places = torch.cat([torch.arange(length) for length in layout.lengths])
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
@@ -75,6 +83,10 @@ class Prefill(PackedAttention):
             self.cache.prefix[layer] = (key.contiguous(), value.contiguous())
             return out
         keys, values = self.cache.layer(layer, key)
+        if key.is_cuda:
+            keys[self.slots, :, self.places] = key.transpose(0, 1)
+            values[self.slots, :, self.places] = value.transpose(0, 1)
+            return out
         for n, (start, length) in enumerate(zip(self.layout.starts, self.layout.lengths, strict=True)):
             keys[self.first + n, :, :length] = key[:, start : start + length]
             values[self.first + n, :, :length] = value[:, start : start + length]
@@ -82,11 +94,16 @@ class Prefill(PackedAttention):
 
 
 class Decode:
-    """New tokens, each in the slot `slots` of a row that holds `places` tokens before it. See Cache.file."""
+    """New tokens, each in the slot `slots` of a row that holds `places` tokens before it. See Cache.file.
 
-    def __init__(self, cache: Cache, slots: Int[Tensor, "N"], places: Int[Tensor, "N"]) -> None:
+    Where slots are 0, 1, 2... and `past` says how far back to look, a GPU is asked nothing.
+    """
+
+    def __init__(
+        self, cache: Cache, slots: Int[Tensor, "N"], places: Int[Tensor, "N"], past: int | None = None
+    ) -> None:
         self.cache, self.slots, self.places = cache, slots, places
-        self.longest = int(places.max()) + 1
+        self.longest, self.alone = (past, True) if past else (int(places.max()) + 1, one_each(slots))
         self.unused = torch.arange(self.longest, device=places.device)[None] > places[:, None]
         self.bias = torch.zeros(self.unused.shape, device=places.device).masked_fill_(self.unused, float("-inf"))
 
@@ -95,7 +112,7 @@ class Decode:
     ) -> Tensor:
         """See Attend. Query heads that share keys are one matrix product."""
         rows, groups = len(self.slots), key.shape[0]
-        keys, values = self.cache.file(layer, self.slots, self.places, key, value, self.longest)
+        keys, values = self.cache.file(layer, self.slots, self.places, key, value, self.longest, self.alone)
         q = query.transpose(0, 1).reshape(rows, groups, -1, query.shape[-1])
         before_keys, before_values = self.cache.prefix.get(layer, (None, None))
         if before_keys is None or before_values is None:

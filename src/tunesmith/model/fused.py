@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TOLERANCE = 1e-5
+TOLERANCE, BFLOAT16_TOLERANCE = 1e-5, 3e-2
 _GATED = {"gate_proj", "up_proj", "down_proj"}
 
 
@@ -21,9 +21,11 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
+        scale = square.div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return (x * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -31,7 +33,7 @@ class _RmsNorm(torch.autograd.Function):
         normal = x * scale
         d_weight = (grads[0] * normal).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         inner = grads[0] * weight
-        along = (inner * normal).mean(-1, keepdim=True)
+        along = (inner * normal).mean(-1, keepdim=True, dtype=scale.dtype)
         return inner.sub_(normal.mul_(along)).mul_(scale), d_weight, None
 
 
@@ -74,16 +76,17 @@ class GatedMlp(nn.Module):
 
 @torch.no_grad()
 def use_fused(module: nn.Module) -> None:
-    """Replace normalisations and gated layers of a float32 CPU model, in place, where that changes nothing."""
+    """Replace normalisations and gated layers, in place, where that changes nothing beyond rounding."""
     for child in module.modules():
         fused = _fused_class(child)
         if fused is None:
             continue
-        width = next(child.parameters()).shape[-1]
-        probe = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0))
+        like = next(child.parameters())
+        probe = torch.randn(2, 3, like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like)
+        near = TOLERANCE if like.dtype == torch.float32 else BFLOAT16_TOLERANCE
         own, before = child.__class__, child(probe)
         child.__class__ = fused
-        if not torch.allclose(child(probe), before, rtol=TOLERANCE, atol=TOLERANCE):
+        if not torch.allclose(child(probe), before, rtol=near, atol=near):
             child.__class__ = own
 
 

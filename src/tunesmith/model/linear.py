@@ -39,6 +39,21 @@ def product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tens
     return _widened(_as_columns if 1 < x.shape[0] <= FEW_ROWS else F.linear, x, weight)
 
 
+def wide_product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
+    """`product` whose sums are given as they are added up, in float32 also where a GPU multiplies in bfloat16."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, weight.to(x.dtype).T, out_dtype=torch.float32)
+    return product(x, weight)
+
+
+def add_product(y: Float[Tensor, "M N"], x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> None:
+    """y += x @ weight.T, on a GPU within the product."""
+    if y.is_cuda:
+        y.addmm_(x, weight.to(x.dtype).T)
+    else:
+        y += product(x, weight)
+
+
 def steady_product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
     """`product` in which, in float32 on a CPU, a row's result does not depend on how many others there are.
 
@@ -124,6 +139,11 @@ def answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M N"]:
     """
     again = layer.again if isinstance(layer, Linear) and len(x) > 1 else None
     return product(x, layer.weight if again is None else again)
+
+
+def wide_answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M N"]:
+    """`answer` in float32: logits, which bfloat16 would round by some hundredths."""
+    return wide_product(x, layer.weight) if x.is_cuda else answer(x, layer).float()
 
 
 def steady_answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M N"]:

@@ -25,11 +25,14 @@ from ..types import Completion, Stop
 from .attention import Attend
 from .cache import Cache, Decode, Prefill
 from .guesses import Guesses
-from .linear import answer, reordered
+from .linear import reordered, wide_answer
 from .load import Model
+from .recorded import Recordings, records
 
 PREFILL_TOKENS = 2048
 REORDER_FROM_PASSES = 32  # takes as long as some 20 passes save
+RECORD_FROM_PASSES = 16
+GPU_BATCH = 256
 CHEAP_TOKENS, MOST_GUESSES = 8, 3  # up to so many tokens a pass one more costs little; guesses a row
 
 
@@ -95,7 +98,7 @@ class Live:
 
     `route` hears before each forward pass which rows are in the stream, and how many of its tokens are each one's.
     `decode` is how drawn tokens attend, `multiply` the product with the output layer. Without `guesses`, every pass
-    draws one token a row.
+    draws one token a row. `recorded` passes, on a GPU, are without either and go through no `route`.
     """
 
     def __init__(
@@ -106,12 +109,14 @@ class Live:
         *,
         route: Route = _one_model,
         decode: Decoding = Decode,
-        multiply: Multiply = answer,
+        multiply: Multiply = wide_answer,
         guesses: bool = True,
+        recorded: bool = False,
     ) -> None:
         self.model, self.route, self.decode, self.multiply = model, route, decode, multiply
         self.cache = Cache(slots, capacity)
-        self.guesses = Guesses() if guesses else None
+        self.guesses = Guesses() if guesses and not recorded else None
+        self.recordings = Recordings(model, self.cache) if recorded else None
         self.rows: list[Row] = []
         self.lengths: list[int] = []
         self.shared = 0
@@ -157,15 +162,20 @@ class Live:
         places = np.concatenate([at + np.arange(count) for at, count in zip(self.lengths, counts, strict=True)])
         self.cache.reserve(int(places.max()) + 1)
         self.route(self.rows, counts)
-        attend = self.decode(self.cache, *(torch.tensor(part, device=self.model.device) for part in (slots, places)))
-        hidden = _forward(self.model, np.concatenate(fed), places + self.shared, attend)
         whose = [self.rows[slot] for slot in slots]
         which = [before + n for before, count in zip(said, counts, strict=True) for n in range(count)]
-        drawn = _draw(self.multiply(hidden, self.model.head).float(), whose, which)
+        drawn = _draw(self._logits(np.concatenate(fed), slots, places), whose, which)
         for row, tokens, end in zip(self.rows, fed, accumulate(counts), strict=True):
             self._say(row, drawn[end - len(tokens) : end], tokens[1:])
         self.lengths = [at + len(r.tokens) - n for at, r, n in zip(self.lengths, self.rows, said, strict=True)]
         return list(self.rows)
+
+    def _logits(self, tokens: np.ndarray, slots: np.ndarray, places: np.ndarray) -> Tensor:
+        if self.recordings:
+            return self.recordings.logits(tokens, places, self.shared)
+        attend = self.decode(self.cache, *(torch.tensor(part, device=self.model.device) for part in (slots, places)))
+        hidden = _forward(self.model, tokens, places + self.shared, attend)
+        return self.multiply(hidden, self.model.head).float()
 
     def _guess(self, row: Row) -> Sequence[int]:
         room = min(CHEAP_TOKENS // len(self.rows) - 1, MOST_GUESSES, row.how.max_new_tokens - len(row.tokens) - 1)
@@ -222,7 +232,9 @@ def _answered(model: Model, prompts: Sequence[np.ndarray], how: Sampling) -> Ite
     """Rows as they end, and why."""
     shared = _shared_prefix(prompts)
     longest = max((len(prompt) - shared for prompt in prompts), default=0)
-    live = Live(model, min(how.batch, len(prompts)), longest + how.max_new_tokens)
+    recorded = records(model) and how.max_new_tokens >= RECORD_FROM_PASSES
+    slots = min(_slots(model, how, longest + how.max_new_tokens), len(prompts))
+    live = Live(model, slots, longest + how.max_new_tokens, recorded=recorded)
     if shared:
         live.share(prompts[0][:shared])
     waiting = [Row(prompt[shared:], how, place) for place, prompt in enumerate(prompts)]
@@ -237,6 +249,14 @@ def _answered(model: Model, prompts: Sequence[np.ndarray], how: Sampling) -> Ite
             if stop := stopped(row, model):
                 live.leave(row)
                 yield row, stop
+
+
+def _slots(model: Model, how: Sampling, capacity: int) -> int:
+    """Rows to decode at once: `how.batch`; on a GPU more, as far as a quarter of its memory holds their keys."""
+    if model.device.type != "cuda" or not model.blocks:
+        return how.batch
+    fits = available_bytes(model.device) / 4 / (model.blocks.cache_bytes * capacity)
+    return max(how.batch, min(GPU_BATCH, int(fits)))
 
 
 def how_many(waiting: Sequence[Row], free: int) -> int:

@@ -1,8 +1,8 @@
 """Log-probabilities of chosen tokens, without ever holding [tokens, vocabulary].
 
-The head runs at scored positions only, in tiles that fit the processor's cache. The gradient with respect to the
-hidden state is made in the forward pass while the tile is at hand: for log p(t) = z_t - logsumexp(z) with z = W h,
-d log p(t) / dh = W_t - sum_v softmax(z)_v W_v. The backward pass then only scales it.
+The head runs at scored positions only, in tiles that fit a processor's cache or keep a GPU busy. The gradient with
+respect to the hidden state is made in the forward pass while the tile is at hand: for log p(t) = z_t - logsumexp(z),
+z = W h, it is d log p(t) / dh = W_t - sum_v softmax(z)_v W_v. The backward pass then only scales it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from torch import Tensor
 from ..tensors import Batch, Need, Scores
 from .attention import PackedAttention
 from .blocks import pick
-from .linear import product
+from .kernels import compiled_on_gpu
+from .linear import add_product, product, wide_product
 from .load import Model
 from .values import value_head
 
 TILE = 128
 WIDE_TILE = 1024
+GPU_TILE_NUMBERS = 2**28
 LOG_PROBS: frozenset[Need] = frozenset({"log_probs"})
 
 
@@ -71,7 +73,7 @@ def target_log_probs(
 
 def all_log_probs(hidden: Float[Tensor, "S D"], weight: Float[Tensor, "V D"]) -> Float[Tensor, "S V"]:
     """The whole distribution at each position, for KL and for sampling. No gradient."""
-    return torch.log_softmax(product(hidden.float(), weight), dim=-1)
+    return torch.log_softmax(wide_product(hidden, weight).float(), dim=-1)
 
 
 class _TargetLogProbs(torch.autograd.Function):
@@ -80,14 +82,12 @@ class _TargetLogProbs(torch.autograd.Function):
         log_probs = torch.empty(hidden.shape[0], device=hidden.device)
         slope = torch.empty_like(hidden) if hidden.requires_grad else None
         wide = weight.to(hidden.dtype)  # once, if it is stored in fewer bits: every tile meets all of it twice
-        for rows in _tiles(hidden.shape[0], TILE):
-            tile, peak, mass = _exponentials(hidden[rows], wide)
+        for rows in _tiles(hidden, weight, TILE):
+            tile, peak, mass = _exponentials(wide_product(hidden[rows], wide), hidden.dtype)
             chosen = wide.index_select(0, targets[rows])
-            logits = (hidden[rows] * chosen).sum(-1, dtype=torch.float32)
-            log_probs[rows] = logits - peak - mass.log()
+            log_probs[rows] = _dots(hidden[rows], chosen) - peak - mass.log()
             if slope is not None:
-                mean = product(tile.to(wide.dtype), wide.T) / mass[:, None]
-                slope[rows] = chosen - mean.to(slope.dtype)
+                slope[rows] = _less_mean(chosen, product(tile, wide.T), mass)
         ctx.save_for_backward(slope, hidden if weight.requires_grad else None, weight, targets)
         return log_probs
 
@@ -98,25 +98,40 @@ class _TargetLogProbs(torch.autograd.Function):
         d_hidden = None if slope is None else slope * gradient[:, None].to(slope.dtype)
         d_weight = None
         if ctx.needs_input_grad[1]:
-            for rows in _tiles(hidden.shape[0], WIDE_TILE):
-                tile, _, mass = _exponentials(hidden[rows], weight)
+            for rows in _tiles(hidden, weight, WIDE_TILE):
+                tile, _, mass = _exponentials(wide_product(hidden[rows], weight), weight.dtype)
                 tile.mul_((-gradient[rows] / mass)[:, None])
-                tile.scatter_add_(1, targets[rows, None], gradient[rows, None])
-                part = product(tile.T.to(weight.dtype), hidden[rows].T)
-                d_weight = part if d_weight is None else d_weight.add_(part)
+                tile.scatter_add_(1, targets[rows, None], gradient[rows, None].to(tile.dtype))
+                if d_weight is None:
+                    d_weight = product(tile.T, hidden[rows].T)
+                else:
+                    add_product(d_weight, tile.T, hidden[rows].T)
         return d_hidden, d_weight, None
 
 
-def _exponentials(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(logits - row maximum) in float32, the row maximum, and the row sum."""
-    logits = product(hidden, weight).float()
+@compiled_on_gpu
+def _exponentials(logits: Float[Tensor, "S V"], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logits - row maximum) as `dtype`, and in float32 the row maximum and the row sum. Uses up `logits`."""
+    logits = logits.float()
     peak = logits.amax(-1)
     tile = logits.sub_(peak[:, None]).exp_()
-    return tile, peak, tile.sum(-1)
+    return tile.to(dtype), peak, tile.sum(-1)
 
 
-def _tiles(rows: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+@compiled_on_gpu
+def _dots(x: Float[Tensor, "S D"], y: Float[Tensor, "S D"]) -> Float[Tensor, "S"]:
+    return (x.float() * y.float()).sum(-1)
+
+
+@compiled_on_gpu
+def _less_mean(chosen: Float[Tensor, "S D"], sums: Float[Tensor, "S D"], mass: Float[Tensor, "S"]) -> Tensor:
+    return (chosen - sums / mass[:, None]).to(chosen.dtype)
+
+
+def _tiles(hidden: Float[Tensor, "S D"], weight: Float[Tensor, "V D"], rows: int) -> list[slice]:
+    """At most so many rows at a time; on a GPU as many as make GPU_TILE_NUMBERS logits."""
+    total, size = len(hidden), max(rows, GPU_TILE_NUMBERS // len(weight)) if hidden.is_cuda else rows
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def _score_plainly(model: Model, batch: Batch) -> Tensor:

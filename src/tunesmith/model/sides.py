@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .linear import product
+from .kernels import compiled_on_gpu
+from .linear import add_product, product
 
 
 class Dense(NamedTuple):
@@ -66,21 +67,18 @@ class _IntoAttention(torch.autograd.Function):
         ctx: Any, x: Tensor, norm: Tensor, epsilon: float, cos: Tensor, sin: Tensor, *flat: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         layers = _dense(flat)
-        root = _inverse_rms(x, epsilon)
-        (q, k, v), low = _fan(_normal(x, root, norm), layers)
+        root, normal = _normalised(x, norm, epsilon)
+        (q, k, v), low = _fan(normal, layers)
         ctx.save_for_backward(x, norm, root, low, cos, sin, *_tensors(layers))
         ctx.scales = [layer.scale for layer in layers]
         q, k, v = (part.unflatten(-1, (-1, cos.shape[-1])) for part in (q, k, v))
-        half = cos.shape[-1] // 2
-        q, k = ((part * cos).addcmul_(part.roll(half, -1), sin) for part in (q, k))
-        return q, k, v
+        return _turned(q, cos, sin), _turned(k, cos, sin), v
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, root, low, cos, sin, *tensors = ctx.saved_tensors
         layers = _saved(tensors, ctx.scales)
-        half = cos.shape[-1] // 2
-        q, k = ((part * cos).add_((part * sin).roll(half, -1)) for part in grads[:2])
+        q, k = (_turned_back(part, cos, sin) for part in grads[:2])
         slopes = [part.reshape(len(x), -1) for part in (q, k, grads[2])]
         inner, of_layers = _fan_back(_normal(x, root, norm), low, layers, slopes)
         dx, d_norm = _norm_back(inner, x, root, norm, None)
@@ -107,9 +105,9 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Tensor, epsilon: float, *flat: Any) -> Tensor:
         *wide, down = _dense(flat)
-        root = _inverse_rms(x, epsilon)
-        (gate, up), low = _fan(_normal(x, root, norm), wide)
-        (y,), low_down = _fan(F.silu(gate).mul_(up), [down])
+        root, normal = _normalised(x, norm, epsilon)
+        (gate, up), low = _fan(normal, wide)
+        (y,), low_down = _fan(_opened(gate, up), [down])
         ctx.save_for_backward(x, norm, root, gate, up, low, low_down, *_tensors([*wide, down]))
         ctx.scales = [layer.scale for layer in (*wide, down)]
         return y.add_(x)
@@ -118,9 +116,9 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, root, gate, up, low, low_down, *tensors = ctx.saved_tensors
         *wide, down = _saved(tensors, ctx.scales)
-        opened = F.silu(gate)
-        slope, of_down = _fan_back(opened * up, low_down, [down], [grads[0]])
-        slopes = [torch.ops.aten.silu_backward(slope * up, gate), slope.mul_(opened)]
+        silu, opened = _opened_again(gate, up)
+        slope, of_down = _fan_back(opened, low_down, [down], [grads[0]])
+        slopes = _opened_back(slope, gate, up, silu)
         inner, of_wide = _fan_back(_normal(x, root, norm), low, wide, slopes)
         dx, d_norm = _norm_back(inner, x, root, norm, grads[0])
         return dx, d_norm, None, *of_wide, *of_down
@@ -133,7 +131,7 @@ def _fan(x: Tensor, layers: Sequence[Dense]) -> tuple[list[Tensor], Tensor | Non
     out = [product(x, layer.weight) for layer in layers]
     for y, layer, place in zip(out, layers, _places(layers), strict=True):
         if low is not None and layer.b is not None:
-            y.addmm_(low[:, place], layer.b.T, alpha=layer.scale)
+            y.addmm_(low[:, place], layer.b.T.to(y.dtype), alpha=layer.scale)
     return out, low
 
 
@@ -143,14 +141,14 @@ def _fan_back(
     """From the gradients of what `_fan` gave to that of x, and to those of each layer's W, A, B and (None) scale."""
     dx = product(slopes[0], layers[0].weight.T)
     for layer, slope in zip(layers[1:], slopes[1:], strict=True):
-        dx += product(slope, layer.weight.T)
+        add_product(dx, slope, layer.weight.T)
     # Slices of `low` are copied: oneDNN takes a hundred times longer for rows with gaps between them.
     of_layers: list[Tensor | None] = []
     d_a: Tensor | None = None
     if low is not None:
         parts = [product(s, d.b.T).mul_(d.scale) for d, s in zip(layers, slopes, strict=True) if d.b is not None]
         d_low = torch.cat(parts, 1)
-        dx.addmm_(d_low, torch.cat([layer.a for layer in layers if layer.a is not None]))
+        dx.addmm_(d_low, torch.cat([layer.a for layer in layers if layer.a is not None]).to(dx.dtype))
         d_a = product(d_low.T, x.T)
     for layer, slope, place in zip(layers, slopes, _places(layers), strict=True):
         d_weight = product(slope.T, x.T) if layer.weight.requires_grad else None
@@ -169,24 +167,57 @@ def _places(layers: Sequence[Dense]) -> Iterator[slice]:
         start += layer.rank
 
 
-def _inverse_rms(x: Float[Tensor, "T D"], epsilon: float) -> Float[Tensor, "T 1"]:
-    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-    return square.div_(x.shape[-1]).add_(epsilon).rsqrt_()
+@compiled_on_gpu
+def _normalised(x: Float[Tensor, "T D"], norm: Float[Tensor, "D"], epsilon: float) -> tuple[Tensor, Tensor]:
+    """r = (mean(x^2) + eps)^-1/2 [T 1] in float32 or wider, and x r w."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
+    root = square.div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    return root, (x * root).mul_(norm).to(x.dtype)
 
 
+@compiled_on_gpu
 def _normal(x: Float[Tensor, "T D"], root: Float[Tensor, "T 1"], norm: Float[Tensor, "D"]) -> Float[Tensor, "T D"]:
-    return (x * root).mul_(norm)
+    return (x * root).mul_(norm).to(x.dtype)
 
 
+@compiled_on_gpu
 def _norm_back(
     slope: Tensor, x: Tensor, root: Tensor, norm: Tensor, beside: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """dX of n = x r w with r = (mean(x^2) + eps)^-1/2 added to `beside`, and dw. Uses up `slope`."""
     d_norm = (slope * x).mul_(root).sum(0) if norm.requires_grad else None
     slope.mul_(norm)
-    along = (slope * x).mean(-1, keepdim=True).mul_(root**3)
+    along = (slope * x).mean(-1, keepdim=True, dtype=root.dtype).mul_(root**3)
     dx = slope.mul_(root) if beside is None else torch.addcmul(beside, slope, root)
-    return dx.addcmul_(x, along, value=-1), d_norm
+    return dx.addcmul_(x, along, value=-1).to(x.dtype), d_norm
+
+
+@compiled_on_gpu
+def _turned(part: Float[Tensor, "T h d"], cos: Float[Tensor, "T 1 d"], sin: Float[Tensor, "T 1 d"]) -> Tensor:
+    return (part * cos).addcmul_(part.roll(part.shape[-1] // 2, -1), sin)
+
+
+@compiled_on_gpu
+def _turned_back(slope: Float[Tensor, "T h d"], cos: Float[Tensor, "T 1 d"], sin: Float[Tensor, "T 1 d"]) -> Tensor:
+    return (slope * cos).add_((slope * sin).roll(slope.shape[-1] // 2, -1))
+
+
+@compiled_on_gpu
+def _opened(gate: Float[Tensor, "T W"], up: Float[Tensor, "T W"]) -> Float[Tensor, "T W"]:
+    return F.silu(gate).mul_(up)
+
+
+@compiled_on_gpu
+def _opened_again(gate: Float[Tensor, "T W"], up: Float[Tensor, "T W"]) -> tuple[Tensor, Tensor]:
+    silu = F.silu(gate)
+    return silu, silu * up
+
+
+@compiled_on_gpu
+def _opened_back(slope: Tensor, gate: Tensor, up: Tensor, silu: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up. Uses up `slope`."""
+    return torch.ops.aten.silu_backward(slope * up, gate), slope.mul_(silu)
 
 
 def _flat(layers: Sequence[Dense]) -> list[Any]:

@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .cache import BLOCK_TOKENS, Cache
+from .cache import BLOCK_TOKENS, Cache, one_each
 
 
 class SteadyDecode:
     """New tokens, each in the slot `slots` of a row that holds `places` tokens before it, and no prefix. See Attend."""
 
     def __init__(self, cache: Cache, slots: Int[Tensor, "N"], places: Int[Tensor, "N"]) -> None:
-        self.cache, self.slots, self.places = cache, slots, places
+        self.cache, self.where, self.alone, self.places = cache, (slots, places), one_each(slots), places
         self.blocks = [slice(at, at + BLOCK_TOKENS) for at in range(0, int(places.max()) + 1, BLOCK_TOKENS)]
         self.place = torch.arange(self.blocks[-1].stop, device=places.device)[None]
 
@@ -27,8 +27,8 @@ class SteadyDecode:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
         """See Attend. Query heads that share keys are one matrix product."""
-        count, groups = len(self.slots), key.shape[0]
-        keys, values = self.cache.file(layer, self.slots, self.places, key, value, self.blocks[-1].stop)
+        count, groups = len(self.places), key.shape[0]
+        keys, values = self.cache.file(layer, *self.where, key, value, self.blocks[-1].stop, self.alone)
         q = query.transpose(0, 1).reshape(count, groups, -1, query.shape[-1]) * scaling
         logits = torch.cat([q @ keys[:, :, block].transpose(-1, -2) for block in self.blocks], -1)
         logits.masked_fill_(self._unseen(window)[:, None, None], float("-inf"))

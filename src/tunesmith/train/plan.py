@@ -18,7 +18,7 @@ import torch
 from ..errors import TrainingError
 from ..memory import available_bytes
 from ..model.attention import PackedAttention
-from ..model.linear import Linear
+from ..model.linear import Linear, met_as
 from ..model.load import Model
 from ..model.lora import block_of
 from ..model.score import score
@@ -28,12 +28,15 @@ from ..tensors import Batch, Loss, StepSource
 from ..types import Derived, Example
 from .checkpoint import trainable
 from .meter import memory_bytes, own_bytes, peak_memory_bytes, release_memory, reset_peak_memory
+from .optim import state_bytes
 
 DRY_STEPS, SEARCHED_STEPS = 3, 64
 DRY_SECONDS = 3.0  # after which no further micro-batch is timed
 RESERVED = 0.9  # share of the memory that a run may plan with
 SAFE = 0.7  # of the micro-batch that would just fit
 RATES: dict[Method, float] = {"sft": 1.0, "reward": 0.3, "dpo": 0.05, "ppo": 0.4, "grpo": 0.2}  # docs/log.md
+BUSY_TOKENS, BUSY_GPU_TOKENS = 2048, 16_384
+MOVED_BYTES_PER_SECOND = {"cpu": 15e9, "cuda": 2e12}  # by the optimizer
 HEAP_SLACK = 1.4  # of what a step takes: freed blocks of unequal streams leave holes (docs/log.md)
 
 
@@ -124,14 +127,9 @@ def derive(
                 else f"{rows:,} choices say about a bit each",
             )
         )
-    budget = max(2048, 2 * max(lengths) if recipe.method in ("reward", "dpo") else max(lengths))
-    micro = settle(
-        "train.microbatch_tokens",
-        spec.microbatch_tokens,
-        budget,
-        f"2,048 keep the processor busy; the longest row has {max(lengths):,} tokens",
-    )
+    longest = 2 * max(lengths) if recipe.method in ("reward", "dpo") else max(lengths)
     adapter = 0 if update == "full" else rank * _adapter_parameters_per_rank(model, lowest)
+    micro = _micro(model, adapter, longest, spec.microbatch_tokens, settle)
     recompute = _recompute(model, adapter, int(min(micro, sum(lengths))), settle)
     return Settings(
         epochs=float(epochs),
@@ -157,10 +155,9 @@ def derive_policy(recipe: Recipe, update: Update, model: Model, answers: int, lo
     rank = 0
     if update == "lora":
         rank = int(settle("lora.rank", recipe.lora.rank, 16, "a score says about a bit"))
-    micro = settle(
-        "train.microbatch_tokens", spec.microbatch_tokens, max(2048, longest_tokens), "2,048 keep the processor busy"
-    )
-    recompute = _recompute(model, rank * _adapter_parameters_per_rank(model, 0), int(micro), settle)
+    adapter = rank * _adapter_parameters_per_rank(model, 0)
+    micro = _micro(model, adapter, longest_tokens, spec.microbatch_tokens, settle)
+    recompute = _recompute(model, adapter, int(micro), settle)
     return Settings(
         epochs=float(epochs),
         batch=int(batch),
@@ -187,12 +184,30 @@ def _rate(recipe: Recipe, update: Update, model: Model, settle: _Settling) -> fl
     return settle(f"{update}.learning_rate", given, usual_rate(recipe.method, update, width), why)
 
 
+def _micro(model: Model, adapter_parameters: int, longest: int, given: int | None, settle: _Settling) -> float | int:
+    """Tokens of a micro-batch: enough to keep the processor busy, a GPU as far as its memory goes; the longest row."""
+    busy, why = BUSY_TOKENS, f"{BUSY_TOKENS:,} keep the processor busy"
+    if model.device.type == "cuda":
+        busy, why = BUSY_GPU_TOKENS, f"up to {BUSY_GPU_TOKENS:,} keep a GPU busy, as far as its memory goes"
+        room = _room_bytes(model, adapter_parameters)
+        while busy > BUSY_TOKENS and HEAP_SLACK * _step_bytes(model, busy) > room:
+            busy //= 2
+    why += f"; the longest row has {longest:,} tokens"
+    return settle("train.microbatch_tokens", given, max(busy, longest), why)
+
+
+def _room_bytes(model: Model, adapter_parameters: int) -> float:
+    """What a micro-batch may take beside the weights, their gradients and the optimizer. Without adapter: in full."""
+    weights = list(model.hf.parameters()) if not adapter_parameters else []
+    states = 16 * adapter_parameters + sum(state_bytes(p) + p.numel() * p.element_size() for p in weights)
+    return RESERVED * available_bytes(model.device) - _resting_bytes(model) - states
+
+
 def _recompute(model: Model, adapter_parameters: int, tokens: int, settle: _Settling) -> bool:
     """Whether a micro-batch fits only if blocks are computed again for their gradients. Without adapter: in full."""
     if not (model.blocks and model.blocks.trains):
         return False
-    states = 16 * adapter_parameters or 12 * model.parameters  # gradient and two moments, and the adapter itself
-    room = RESERVED * available_bytes(model.device) - _resting_bytes(model) - states
+    room = _room_bytes(model, adapter_parameters)
     need = HEAP_SLACK * _step_bytes(model, tokens)
     if need <= room:
         return False
@@ -212,7 +227,7 @@ def _step_bytes(model: Model, tokens: int) -> int:
     """What a pass over a stream of so many tokens takes at its peak, gradients of weights left out; 0 if not known."""
     if not model.blocks:
         return 0
-    widened = 0 if model.head_weight.dtype == torch.float32 else 4 * model.head_weight.numel()
+    widened = 0 if model.head_weight.dtype == met_as(model.head_weight) else 4 * model.head_weight.numel()
     return model.blocks.step_bytes(tokens) + widened
 
 
@@ -239,7 +254,8 @@ def predict(
     reset_peak_memory()
     resting = _resting_bytes(model)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
-    fixed, longest = float(resting + 3 * weights), math.ceil(max(sizes))
+    states = sum(state_bytes(parameter) for parameter in parameters.values())
+    fixed, longest = float(resting + weights + states), math.ceil(max(sizes))
     _refuse_too_big(float(_step_bytes(model, len(heaviest.tokens))), fixed, heaviest, longest, model.device)
     _pass(model, heaviest, loss)
     seconds_spent = tokens_timed = dry_seconds = 0.0
@@ -261,7 +277,7 @@ def predict(
     moving = HEAP_SLACK * max(peak - resting - weights, 0)
     _refuse_too_big(moving, fixed, heaviest, longest, model.device)
     tokens_per_step = sum(len(b.tokens) for step in steps for b in step) / len(steps)
-    optimizer_seconds = 28 * trained / 15e9
+    optimizer_seconds = 28 * trained / MOVED_BYTES_PER_SECOND[model.device.type]
     seconds = source.steps * (seconds_spent / tokens_timed * tokens_per_step + optimizer_seconds)
     return Prediction(
         seconds=seconds,
