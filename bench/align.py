@@ -33,7 +33,7 @@ from tunesmith.train.fit import fit
 from tunesmith.train.meter import peak_memory_bytes, reset_peak_memory
 from tunesmith.train.optim import Optimization
 from tunesmith.types import Comparison, Item, Message
-from tunesmith.world import World
+from tunesmith.world import world_from_env
 
 BATCH, GROUP = 8, 8
 
@@ -47,20 +47,22 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--batch", type=int, default=BATCH, help="pairs, or answers in groups of 8, a step")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--budget", type=int, default=2048, help="tokens in one forward pass")
     args = parser.parse_args()
-    model = load(args.base, World())
+    world = world_from_env()
+    model = load(args.base, world)
     attach_lora(model.hf, LoraShape(rank=args.rank, alpha=2.0 * args.rank), head=model.head)
     how = Optimization(learning_rate=1e-6 if args.method == "grpo" else 2e-4, warmup=0.0)
     reset_peak_memory()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         source, loss = job(args, model, Path(folder))
-        losses = [done.loss for done in fit(model, source, loss, how, Path(folder) / "steps", World())]
+        losses = [done.loss for done in fit(model, source, loss, how, Path(folder) / "steps", world)]
         seconds = time.perf_counter() - start
-        peak = peak_memory_bytes(World().device)
-    real = args.steps * GROUP if args.method == "grpo" else real_tokens(source)
+        peak = peak_memory_bytes(world.device)
+    real = args.steps * args.batch if args.method == "grpo" else real_tokens(source)
     unit = "samples" if args.method == "grpo" else "tokens"
     line = {"system": "tunesmith", "method": args.method, f"real_{unit}": real, "seconds": round(seconds, 2)}
     rate = {f"{unit}_per_second": round(real / seconds, 2), "peak_memory_gb": round(peak / 1e9, 2)}
@@ -76,19 +78,20 @@ def job(args: argparse.Namespace, model: Model, folder: Path) -> tuple[StepSourc
     if args.method == "reward":
         attach_value_head(model, seed=0)
         ended = [tuple(at_the_end(example) for example in group) for group in groups]
-        return steps(ended, args.budget, finish=read_there), BradleyTerry()
+        return steps(ended, args, finish=read_there), BradleyTerry()
     with adapters_off(model.hf):
         groups = annotate(model, groups, {"log_probs": "reference"}, budget_tokens=args.budget)
-    return steps(groups, args.budget), PreferenceLoss()
+    return steps(groups, args), PreferenceLoss()
 
 
-def steps(groups: Sequence[Group], budget_tokens: int, finish=lambda batch: batch) -> EpochSteps:
+def steps(groups: Sequence[Group], args: argparse.Namespace, finish=lambda batch: batch) -> EpochSteps:
     """One epoch of pairs."""
-    return EpochSteps(groups, batch=BATCH, epochs=1, budget_tokens=budget_tokens, world=World(), finish=finish)
+    world = world_from_env()
+    return EpochSteps(groups, batch=args.batch, epochs=1, budget_tokens=args.budget, world=world, finish=finish)
 
 
 def rollouts(args: argparse.Namespace, model: Model, folder: Path) -> RolloutSteps:
-    """One prompt and 8 answers a step, scored by their length as the peer's script does."""
+    """Prompts with 8 answers each, scored by their length as the peer's script does."""
     lines = [json.loads(line) for line in Path(args.train).read_text(encoding="utf-8").splitlines()]
     turns = [(Message(role="user", content=line["prompt"]),) for line in lines]
     asked = [Item(prompt=prompt, reference="", id=str(n)) for n, prompt in enumerate(turns)]
@@ -101,10 +104,10 @@ def rollouts(args: argparse.Namespace, model: Model, folder: Path) -> RolloutSte
 
     plan = RolloutPlan(
         rollouts=args.steps,
-        prompts=1,
+        prompts=args.batch // GROUP,
         group=GROUP,
         epochs=1,
-        batch=GROUP,
+        batch=args.batch,
         budget_tokens=args.budget,
         missing_end=0.0,
         seed=0,

@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--base", default="smollm2-135m-instruct", help="a built-in name or a folder")
     parser.add_argument("--lora", action="store_true", help="ours: with an adapter of rank 16")
     args = parser.parse_args()
     generate = ours(args) if args.system == "ours" else peer(args)
@@ -51,9 +52,9 @@ def ours(args: argparse.Namespace):
     from tunesmith.model.load import load
     from tunesmith.model.lora import LoraShape, attach_lora
     from tunesmith.model.sample import Sampling, sample
-    from tunesmith.world import World
+    from tunesmith.world import world_from_env
 
-    model = load("smollm2-135m-instruct", World())
+    model = load(args.base, world_from_env())
     if args.lora:
         attach_lora(model.hf, LoraShape(rank=16, alpha=32.0), head=model.head)
     endless = replace(model, vocabulary=replace(model.vocabulary, eos_ids=()))
@@ -66,11 +67,12 @@ def peer(args: argparse.Namespace):
     """transformers.generate, prompts padded on the left."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tunesmith.model.builtin import builtin_model
+    from tunesmith.model.load import resolve
 
-    folder = builtin_model("smollm2-135m-instruct")
+    folder, gpu = resolve(args.base), torch.cuda.is_available()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if gpu else torch.float32).eval()
+    model.to("cuda" if gpu else "cpu")
     asked = prompts(args.prompts, tokenizer)
     pad = tokenizer.pad_token_id
 
@@ -83,6 +85,7 @@ def peer(args: argparse.Namespace):
             mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
             exactly = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens}
             with torch.no_grad():
+                ids, mask = ids.to(model.device), mask.to(model.device)
                 out = model.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=pad, **exactly)
             answers += out[:, longest:].tolist()
         return answers

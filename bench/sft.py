@@ -22,12 +22,13 @@ from tunesmith.evaluate.measure import example_losses
 from tunesmith.methods.sft import CrossEntropy, SftSteps
 from tunesmith.model.load import Model, load
 from tunesmith.model.lora import LoraShape, attach_lora
+from tunesmith.model.score import score
 from tunesmith.recipe import DataSpec
 from tunesmith.train.fit import fit
 from tunesmith.train.meter import peak_memory_bytes, reset_peak_memory
 from tunesmith.train.optim import Optimization
 from tunesmith.types import Conversation, Example
-from tunesmith.world import World
+from tunesmith.world import world_from_env
 
 
 def as_the_peer_scores(row: Conversation, model: Model) -> Example:
@@ -39,6 +40,17 @@ def as_the_peer_scores(row: Conversation, model: Model) -> Example:
     head = len(prompt_tokens(row.prompt, model.tokenizer))
     ids = np.array(model.tokenizer.apply_chat_template(turns)["input_ids"], dtype=np.int64)
     return Example(tokens=ids, weights=(np.arange(len(ids)) >= head).astype(np.float32), id=row.id)
+
+
+def warmed(source: SftSteps, model: Model) -> float:
+    """Seconds of a few passes before the clock starts, in which a GPU's kernels are compiled; no weight moves."""
+    start = time.perf_counter()
+    for step in range(min(3, source.steps)):
+        for batch in source(step):
+            there = batch.to(model.device)
+            CrossEntropy()(score(model, there), there).sum.backward()
+    model.hf.zero_grad(set_to_none=True)
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -54,7 +66,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float)
     parser.add_argument("--budget", type=int, default=2048, help="tokens in one forward pass")
     args = parser.parse_args()
-    model = load(args.base, World())
+    world = world_from_env()
+    model = load(args.base, world)
 
     def examples(path: str, limit: int | None) -> list[Example]:
         rows = list(read(path, DataSpec(train=path, rows=limit)))
@@ -72,16 +85,17 @@ def main() -> None:
         return float(sums.sum() / counts.sum()) if valid else None
 
     before = valid_loss()
-    source = SftSteps(train, batch=args.batch, epochs=1, budget_tokens=args.budget, world=World())
+    source = SftSteps(train, batch=args.batch, epochs=1, budget_tokens=args.budget, world=world)
+    warm_seconds = warmed(source, model) if world.device.type == "cuda" else 0.0
     how = Optimization(learning_rate=args.lr or (2e-4 if args.update == "lora" else 2e-5), warmup=0.0)
     reset_peak_memory()
     losses = []
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        for done in fit(model, source, CrossEntropy(), how, Path(folder), World()):
+        for done in fit(model, source, CrossEntropy(), how, Path(folder), world):
             losses.append(round(done.loss, 4))
             seconds = time.perf_counter() - start
-            peak = peak_memory_bytes(World().device)
+            peak = peak_memory_bytes(world.device)
     real = sum(len(example.tokens) for example in train)
     print(
         json.dumps(
@@ -91,6 +105,7 @@ def main() -> None:
                 "rows": len(train),
                 "real_tokens": real,
                 "seconds": round(seconds, 2),
+                "compiling_seconds_before": round(warm_seconds, 2),
                 "tokens_per_second": round(real / seconds, 1),
                 "peak_memory_gb": round(peak / 1e9, 2),
                 "losses": losses,

@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="there is
 GPU = World(device=torch.device("cuda"))
 LAYOUTS = [
     Layout(lengths=(40, 7, 1, 130), parents=(-1, -1, -1, -1)),
+    Layout(lengths=(1024, 1024), parents=(-1, -1)),
     Layout(lengths=(60, 4, 50, 4, 20), parents=(-1, 0, -1, 2, 0)),
     Layout(lengths=(40, 30, 50, 2, 60, 2), parents=(-1, 0, 1, 1, 0, 4)),
 ]
@@ -106,7 +107,7 @@ def test_a_loss_curve_is_that_of_a_cpu(update: str, folder: Path, tiny_examples:
         done = list(fit(model, source, CrossEntropy(), how, tmp_path / model.device.type, world))
         curves.append([step.loss for step in done])
     assert curves[1] == pytest.approx(curves[0], rel=2e-2)
-    assert curves[1][-1] < 0.9 * curves[1][0]
+    assert curves[1][-1] < 0.95 * curves[1][0]
 
 
 def test_the_compiled_optimizer_moves_weights_as_the_plain_one() -> None:

@@ -9,25 +9,29 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..tensors import Layout
 from .branches import Prefix
 
 WIDEST_HEAD = 256
+LONG_TOKENS = 1024  # from which cuDNN is faster by more than its plans cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meeting:
     """Queries that meet keys group by group, each at `places` of the stream; None are all, in order.
 
-    `ends` are where groups end, a 0 before them; `longest` the longest group of queries and of keys.
+    `ends` are where groups end, a 0 before them; `longest` the longest group of queries and of keys. `alike` is the
+    length of all segments of a stream in which none continues another, else 0.
     """
 
     queries: Int[Tensor, "Q"] | None
@@ -36,6 +40,7 @@ class Meeting:
     key_ends: Int[Tensor, "N"]
     longest: tuple[int, int]
     causal: bool
+    alike: int = 0
 
 
 def meetings(layout: Layout, device: torch.device) -> tuple[Meeting, ...]:
@@ -50,6 +55,8 @@ def meetings(layout: Layout, device: torch.device) -> tuple[Meeting, ...]:
         keys = [places[older] for older in shared]
         queries = [_joined(parts) for parts in shared.values()]
         found.append(_meeting(_joined(queries), _joined(keys), queries, keys, False, device))
+    if len(found) == 1 and len(set(layout.lengths)) == 1:
+        found[0] = replace(found[0], alike=layout.lengths[0])
     return tuple(found)
 
 
@@ -100,7 +107,17 @@ def flash_attention(
 
     `before`, which every segment continues, gets no gradient.
     """
+    if before is None and tree[0].alike >= LONG_TOKENS:
+        return _alike(query, key, value, scaling, tree[0].alike)
     return _FlashAttention.apply(query, key, value, scaling, tree, before)  # type: ignore[return-value]
+
+
+def _alike(query: Tensor, key: Tensor, value: Tensor, scaling: float, length: int) -> Tensor:
+    """Segments of one length that continue nothing, by cuDNN: nearly twice as fast, but it plans each length anew."""
+    q, k, v = (part.unflatten(1, (-1, length)).transpose(0, 1) for part in (query, key, value))
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(0, 1).flatten(1, 2)
 
 
 class _FlashAttention(torch.autograd.Function):

@@ -46,8 +46,8 @@ from .lora import block_of
 from .merge import merge_files
 from .stored import FLOAT32, kept_as
 
-# How far two ways to the same numbers may lie apart: in float32, and in bfloat16, root mean square over all of them.
-EXACT, ROUNDED = 1e-3, 5e-2
+# How far two ways to the same numbers may lie apart: each in float32, and in bfloat16 all, as a share of their length.
+EXACT, ROUNDED = 1e-3, 0.15
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 _RUNS_CODE = {"auto_map", "trust_remote_code", "attn_implementation"}
 PLAIN_TEMPLATE = (
@@ -287,8 +287,8 @@ def without_progress_bars() -> Iterator[None]:
 def probe(hf: PreTrainedModel, device: torch.device) -> float:
     """Difference in log-probability between three packed rows and the model's own forward pass.
 
-    The largest; on a GPU, where single ones are rounded far, the root of the mean square. The second row continues the
-    first (a shared prompt); the third stands alone.
+    The largest; on a GPU, where single ones are rounded far, all of them over what distinguishes the tokens. The second
+    row continues the first (a shared prompt); the third stands alone.
     """
     head = hf.get_output_embeddings()
     assert isinstance(head, nn.Linear)
@@ -308,8 +308,9 @@ def probe(hf: PreTrainedModel, device: torch.device) -> float:
         hf.set_attn_implementation("eager")
         whole = [torch.cat([first, second]), third]
         plain = torch.cat([hf(row[None], use_cache=False).logits[0] for row in whole])
-        apart = packed - torch.log_softmax(plain.float(), -1)
-        difference = apart.square().mean().sqrt() if device.type == "cuda" else apart.abs().max()
+        plain = torch.log_softmax(plain.float(), -1)
+        apart, spread = packed - plain, plain - plain.mean(-1, keepdim=True)
+        difference = apart.norm() / spread.norm() if device.type == "cuda" else apart.abs().max()
     except (ModelError, TypeError, RuntimeError, AttributeError):
         return float("inf")
     finally:

@@ -37,6 +37,7 @@ class Recordings:
     def __init__(self, model: Model, cache: Cache) -> None:
         self.model, self.cache = model, cache
         self.made: dict[tuple[int, int, int], Recording] = {}
+        self.slots = torch.arange(cache.rows, device=model.device)  # recordings read it where it lies
         self.pool = torch.cuda.graph_pool_handle()
 
     def logits(self, tokens: Int[np.ndarray, "N"], places: Int[np.ndarray, "N"], shared: int) -> Float[Tensor, "N V"]:
@@ -67,12 +68,11 @@ class Recordings:
         assert self.model.blocks
         device, blocks = self.model.device, self.model.blocks
         here, at = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
-        slots = torch.arange(rows, device=device)
         self._write(here, tokens)
         self._write(at, places)
 
         def step() -> Tensor:
-            attend = Decode(self.cache, slots, at, past)
+            attend = Decode(self.cache, self.slots[:rows], at, past)
             return wide_answer(blocks.answer(here, at + shared, attend), self.model.head)
 
         aside = torch.cuda.Stream()  # what libraries set up on first use may not be recorded
