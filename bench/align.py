@@ -59,13 +59,20 @@ def main() -> None:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         source, loss = job(args, model, Path(folder))
-        losses = [done.loss for done in fit(model, source, loss, how, Path(folder) / "steps", world)]
+        losses, ends = [], []
+        for done in fit(model, source, loss, how, Path(folder) / "steps", world):
+            losses.append(done.loss)
+            ends.append(time.perf_counter())
         seconds = time.perf_counter() - start
         peak = peak_memory_bytes(world.device)
     real = args.steps * args.batch if args.method == "grpo" else real_tokens(source)
     unit = "samples" if args.method == "grpo" else "tokens"
     line = {"system": "tunesmith", "method": args.method, f"real_{unit}": real, "seconds": round(seconds, 2)}
-    rate = {f"{unit}_per_second": round(real / seconds, 2), "peak_memory_gb": round(peak / 1e9, 2)}
+    rate = {f"{unit}_per_second": round(real / seconds, 2)}
+    if len(ends) > 3:  # without what is done once: kernels compiled, memory taken
+        steady = (ends[-1] - ends[1]) / (len(ends) - 2) * len(ends)
+        rate |= {f"steady_{unit}_per_second": round(real / steady, 2)}
+    rate |= {"peak_memory_gb": round(peak / 1e9, 2)}
     print(json.dumps(line | rate | {"losses": [round(loss, 4) for loss in losses]}))
 
 

@@ -82,7 +82,7 @@ def test_blocks_are_computed_again_where_a_micro_batch_has_no_room(
     tiny_model: Model, tiny_examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not derive(recipe(), "lora", tiny_model, tiny_examples).recompute
-    need = plan.HEAP_SLACK * plan._step_bytes(tiny_model, 2048)
+    need = plan.HEAP_SLACK * plan._step_bytes(tiny_model, 2048, False)
     monkeypatch.setattr(plan, "available_bytes", lambda device: (memory_bytes(CPU) + need / 2) / plan.RESERVED)
     settings = derive(recipe(), "lora", tiny_model, tiny_examples)
     assert settings.recompute

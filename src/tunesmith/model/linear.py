@@ -88,6 +88,14 @@ def met_as(weight: Tensor) -> torch.dtype:
     return torch.float32 if weight.device.type == "cpu" else weight.dtype
 
 
+def weight_slope(weight: Float[Tensor, "N K"], slope: Float[Tensor, "M N"], x: Float[Tensor, "M K"]) -> Tensor | None:
+    """slope.T @ x; on a GPU added to the gradient that `weight` has already, within the product, and then None."""
+    if weight.is_cuda and weight.grad is not None:
+        weight.grad.addmm_(slope.T, x)
+        return None
+    return product(slope.T, x.T)
+
+
 class _Linear(torch.autograd.Function):
     """y = x W^T + b, with dX = dY W and dW = dY^T X."""
 

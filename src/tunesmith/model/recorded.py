@@ -77,12 +77,14 @@ class Recordings:
 
         aside = torch.cuda.Stream()  # what libraries set up on first use may not be recorded
         aside.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(aside):
             step()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+            torch.cuda.synchronize()
+            graph.capture_begin(pool=self.pool)
             logits = step()
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(aside)
         graph.replay()
         return Recording(graph, here, at, logits)
 

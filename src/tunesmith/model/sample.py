@@ -234,7 +234,8 @@ def _answered(model: Model, prompts: Sequence[np.ndarray], how: Sampling) -> Ite
     longest = max((len(prompt) - shared for prompt in prompts), default=0)
     recorded = records(model) and how.max_new_tokens >= RECORD_FROM_PASSES
     slots = min(_slots(model, how, longest + how.max_new_tokens), len(prompts))
-    live = Live(model, slots, longest + how.max_new_tokens, recorded=recorded)
+    capacity = longest + how.max_new_tokens
+    live = Live(model, slots, -(-capacity // 64) * 64 if recorded else capacity, recorded=recorded)
     if shared:
         live.share(prompts[0][:shared])
     waiting = [Row(prompt[shared:], how, place) for place, prompt in enumerate(prompts)]
@@ -289,13 +290,11 @@ def _draw(logits: Float[Tensor, "N V"], rows: Sequence[Row], which: Sequence[int
         likely = torch.softmax(logits[warm] / temperature[:, None], -1)
         chosen[warm] = _inverse_cdf(likely, draws, top_p[:, None])
     log_probs = scores.gather(1, chosen[:, None])[:, 0]
-    rivals = [_rivals(scores[n], row.alternatives) for n, row in enumerate(rows)]
+    rivals = [_rivals(scores[n], row.alternatives) if row.alternatives else [] for n, row in enumerate(rows)]
     return list(map(Token, chosen.tolist(), log_probs.tolist(), rivals))
 
 
 def _rivals(scores: Float[Tensor, "V"], count: int) -> list[tuple[int, float]]:
-    if not count:
-        return []
     most = scores.topk(count)
     return list(zip(most.indices.tolist(), most.values.tolist(), strict=True))
 

@@ -7,7 +7,7 @@ z = W h, it is d log p(t) / dh = W_t - sum_v softmax(z)_v W_v. The backward pass
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
@@ -82,8 +82,12 @@ class _TargetLogProbs(torch.autograd.Function):
         log_probs = torch.empty(hidden.shape[0], device=hidden.device)
         slope = torch.empty_like(hidden) if hidden.requires_grad else None
         wide = weight.to(hidden.dtype)  # once, if it is stored in fewer bits: every tile meets all of it twice
+        # On a GPU, where memory is ample and time is not, the gradient of `weight` finds the exponentials again.
+        ctx.kept = [] if hidden.is_cuda and ctx.needs_input_grad[1] else None
         for rows in _tiles(hidden, weight, TILE):
             tile, peak, mass = _exponentials(wide_product(hidden[rows], wide), hidden.dtype)
+            if ctx.kept is not None:
+                ctx.kept.append((rows, tile, mass))
             chosen = wide.index_select(0, targets[rows])
             log_probs[rows] = _dots(hidden[rows], chosen) - peak - mass.log()
             if slope is not None:
@@ -98,15 +102,25 @@ class _TargetLogProbs(torch.autograd.Function):
         d_hidden = None if slope is None else slope * gradient[:, None].to(slope.dtype)
         d_weight = None
         if ctx.needs_input_grad[1]:
-            for rows in _tiles(hidden, weight, WIDE_TILE):
-                tile, _, mass = _exponentials(wide_product(hidden[rows], weight), weight.dtype)
-                tile.mul_((-gradient[rows] / mass)[:, None])
+            for rows, tile, mass in ctx.kept or _again(hidden, weight):
+                tile = _scaled(tile, -gradient[rows] / mass)
                 tile.scatter_add_(1, targets[rows, None], gradient[rows, None].to(tile.dtype))
                 if d_weight is None:
                     d_weight = product(tile.T, hidden[rows].T)
                 else:
                     add_product(d_weight, tile.T, hidden[rows].T)
         return d_hidden, d_weight, None
+
+
+def _again(hidden: Float[Tensor, "S D"], weight: Float[Tensor, "V D"]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    for rows in _tiles(hidden, weight, WIDE_TILE):
+        tile, _, mass = _exponentials(wide_product(hidden[rows], weight), weight.dtype)
+        yield rows, tile, mass
+
+
+@compiled_on_gpu
+def _scaled(tile: Float[Tensor, "S V"], factor: Float[Tensor, "S"]) -> Float[Tensor, "S V"]:
+    return tile.mul_(factor[:, None])
 
 
 @compiled_on_gpu

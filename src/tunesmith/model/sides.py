@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .kernels import compiled_on_gpu
-from .linear import add_product, product
+from .linear import add_product, product, weight_slope
 
 
 class Dense(NamedTuple):
@@ -151,7 +151,7 @@ def _fan_back(
         dx.addmm_(d_low, torch.cat([layer.a for layer in layers if layer.a is not None]).to(dx.dtype))
         d_a = product(d_low.T, x.T)
     for layer, slope, place in zip(layers, slopes, _places(layers), strict=True):
-        d_weight = product(slope.T, x.T) if layer.weight.requires_grad else None
+        d_weight = weight_slope(layer.weight, slope, x) if layer.weight.requires_grad else None
         adapted = d_a is not None and low is not None and layer.b is not None
         # Not slope^T low, for which oneDNN would copy slope^T.
         d_b = product(low[:, place].T, slope.T).mul_(layer.scale).T if adapted else None  # type: ignore[index]

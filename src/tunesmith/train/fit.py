@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import TrainingError
 from ..model.load import Model
@@ -140,17 +141,17 @@ def _step(
             fix="Look at the rows with `tunesmith check`.",
         )
     optimizer.zero_grad(set_to_none=True)
-    value = 0.0
+    values: list[Tensor] = []  # read after the last pass: a GPU need not wait for each
     report: dict[str, float] = {}
     for batch in batches:
         terms = loss(score(model, batch, loss.needs), batch)
         (terms.sum / total).backward()
-        value += float(terms.sum.detach())
+        values.append(terms.sum.detach())
         for key, term in terms.report.items():
             report[key] = report.get(key, 0.0) + term
     parameters = list(trainable(model.hf).values())
     world.sum_gradients(parameters)
-    value, *sums = world.sum([value, *report.values()])
+    value, *sums = world.sum([sum(map(float, values)), *report.values()])
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, how.clip))
     if not (math.isfinite(value) and math.isfinite(norm)):
         what = "loss" if not math.isfinite(value) else "gradient"

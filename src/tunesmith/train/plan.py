@@ -190,7 +190,7 @@ def _micro(model: Model, adapter_parameters: int, longest: int, given: int | Non
     if model.device.type == "cuda":
         busy, why = BUSY_GPU_TOKENS, f"up to {BUSY_GPU_TOKENS:,} keep a GPU busy, as far as its memory goes"
         room = _room_bytes(model, adapter_parameters)
-        while busy > BUSY_TOKENS and HEAP_SLACK * _step_bytes(model, busy) > room:
+        while busy > BUSY_TOKENS and HEAP_SLACK * _step_bytes(model, busy, not adapter_parameters) > room:
             busy //= 2
     why += f"; the longest row has {longest:,} tokens"
     return settle("train.microbatch_tokens", given, max(busy, longest), why)
@@ -208,7 +208,7 @@ def _recompute(model: Model, adapter_parameters: int, tokens: int, settle: _Sett
     if not (model.blocks and model.blocks.trains):
         return False
     room = _room_bytes(model, adapter_parameters)
-    need = HEAP_SLACK * _step_bytes(model, tokens)
+    need = HEAP_SLACK * _step_bytes(model, tokens, not adapter_parameters)
     if need <= room:
         return False
     why = f"{tokens:,} tokens would take {need / 1e9:.1f} GB beside the weights, which leave {max(room, 0) / 1e9:.1f}"
@@ -223,12 +223,14 @@ def _resting_bytes(model: Model) -> int:
     return max(memory_bytes(model.device), held if mapped else 0)
 
 
-def _step_bytes(model: Model, tokens: int) -> int:
+def _step_bytes(model: Model, tokens: int, head_trained: bool) -> int:
     """What a pass over a stream of so many tokens takes at its peak, gradients of weights left out; 0 if not known."""
     if not model.blocks:
         return 0
     widened = 0 if model.head_weight.dtype == met_as(model.head_weight) else 4 * model.head_weight.numel()
-    return model.blocks.step_bytes(tokens) + widened
+    head = model.head_weight
+    kept = tokens * len(head) * head.element_size() if head_trained and head.is_cuda else 0  # score.py keeps them
+    return model.blocks.step_bytes(tokens) + widened + kept
 
 
 def predict(
@@ -256,7 +258,8 @@ def predict(
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
     states = sum(state_bytes(parameter) for parameter in parameters.values())
     fixed, longest = float(resting + weights + states), math.ceil(max(sizes))
-    _refuse_too_big(float(_step_bytes(model, len(heaviest.tokens))), fixed, heaviest, longest, model.device)
+    expected = _step_bytes(model, len(heaviest.tokens), model.head_weight.requires_grad)
+    _refuse_too_big(float(expected), fixed, heaviest, longest, model.device)
     _pass(model, heaviest, loss)
     seconds_spent = tokens_timed = dry_seconds = 0.0
     spared = (
