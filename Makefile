@@ -52,9 +52,11 @@ bench: $(STAMP) ## measure speed and quality; see bench/README.md
 	$(BIN)/python bench/run.py
 
 bench-gpu: $(STAMP) ## steps of 8 B weights, and the comparison with TRL, where there is a GPU
-	$(BIN)/python bench/eight_billion.py --gpu --tokens 4096 --steps 8 --update lora
-	$(BIN)/python bench/eight_billion.py --gpu --tokens 4096 --steps 8 --update full
+	$(BIN)/python bench/eight_billion.py --gpu --tokens 4096 --batch 4 --steps 8 --update lora
+	$(BIN)/python bench/eight_billion.py --gpu --tokens 4096 --batch 8 --steps 8 --update full
 	$(BIN)/python bench/run.py
+	$(BIN)/python bench/generate.py ours --prompts 64 --new-tokens 128 --batch 64
+	$(BIN)/python bench/generate.py peer --prompts 64 --new-tokens 128 --batch 64
 
 clean: ## remove caches and build products; .venv and runs stay
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

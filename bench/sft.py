@@ -23,7 +23,6 @@ from tunesmith.methods.sft import CrossEntropy, SftSteps
 from tunesmith.model.load import Model, load
 from tunesmith.model.lora import LoraShape, attach_lora
 from tunesmith.model.score import score
-from tunesmith.pipeline.tune import shares
 from tunesmith.recipe import DataSpec
 from tunesmith.train.fit import fit
 from tunesmith.train.meter import peak_memory_bytes, reset_peak_memory
@@ -86,7 +85,7 @@ def main() -> None:
         return float(sums.sum() / counts.sum()) if valid else None
 
     before = valid_loss()
-    source = SftSteps(train, batch=args.batch, epochs=1, budget_tokens=args.budget, world=world, share=shares(model))
+    source = SftSteps(train, batch=args.batch, epochs=1, budget_tokens=args.budget, world=world)
     warm_seconds = warmed(source, model) if world.device.type == "cuda" else 0.0
     how = Optimization(learning_rate=args.lr or (2e-4 if args.update == "lora" else 2e-5), warmup=0.0)
     reset_peak_memory()

@@ -17,8 +17,7 @@ from ..world import World
 class EpochSteps:
     """Batches of `batch` groups in an order that depends on (seed, epoch) alone.
 
-    A group is what stays together: one Example, or the two answers of a pair. What rows begin with together is computed
-    once where they `share`. `finish` may reshape each packed batch.
+    A group is what stays together: one Example, or the two answers of a pair. `finish` may reshape each packed batch.
     Raises TrainingError when a step has fewer groups than there are processes.
     """
 
@@ -33,7 +32,6 @@ class EpochSteps:
         seed: int = 0,
         max_steps: int | None = None,
         packs: bool = True,
-        share: bool = True,
         finish: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
         self.groups, self.batch, self.seed, self.world = groups, min(batch, len(groups)), seed, world
@@ -44,7 +42,7 @@ class EpochSteps:
                 fix=f"Set train.batch to {world.size} or more, or start fewer processes.",
             )
         self.budget_tokens = budget_tokens if packs else 1
-        self.share, self.finish = packs and share, finish
+        self.share, self.finish = packs, finish
         self.steps = max(1, math.ceil(epochs * len(groups) / self.batch))
         if max_steps is not None:
             self.steps = min(self.steps, max_steps)

@@ -31,8 +31,6 @@ from ..types import Example, Grade, Item
 from ..world import World
 from .loop import Outcome, Undertaking, best_weights, carry_out
 
-SMALL_ON_GPU = 1e9
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
@@ -148,13 +146,7 @@ def steps_of(
         seed=recipe.train.seed,
         max_steps=recipe.train.max_steps,
         packs=model.packs,
-        share=shares(model),
     )
-
-
-def shares(model: Model) -> bool:
-    """Whether computing a shared beginning once pays; on a GPU its further launches take longer in a small model."""
-    return model.device.type != "cuda" or model.product_parameters > SMALL_ON_GPU
 
 
 def planned(
