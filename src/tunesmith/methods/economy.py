@@ -124,7 +124,7 @@ class KeptStates:
             for batch in pack(some, budget_tokens=self.source.budget_tokens):
                 here = batch.to(self.model.device)
                 attend = PackedAttention(batch.layout)
-                states = self.blocks.below(self.first, here.tokens, here.positions, attend).cpu()
+                states = self.blocks.below(self.first, here.tokens, here.positions, attend).float().cpu()
                 for path in paths_of(batch.layout):
                     found[_digest(batch.tokens[path].numpy())] = states[path]
             for example in some:

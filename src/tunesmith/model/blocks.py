@@ -115,7 +115,7 @@ class Blocks:
         """
         first = self.frozen
         below = self.below(first, tokens, positions, attend) if first and states is None else states
-        x: Tensor = self.embed(tokens) if below is None else below
+        x: Tensor = self.embed(tokens) if below is None else below.to(self.norm.weight.dtype)
         turn = self._turn(x, positions)
         for layer, block in enumerate(self.blocks[first:], start=first):
             ends = index if block is self.blocks[-1] else None  # nobody looks at the other places again
