@@ -141,6 +141,11 @@ def test_help_starts_without_torch() -> None:
     assert loaded_by(code) & {"torch", "transformers", "datasets", "matplotlib"} == set()
 
 
+def test_the_first_step_does_not_wait_for_what_only_the_last_page_needs() -> None:
+    code = "import tunesmith.pipeline.run, tunesmith.world"
+    assert loaded_by(code) & {"scipy.stats", "matplotlib", "tunesmith.report.page"} == set()
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=name_of)
 def test_a_shipped_recipe_parses(path: Path) -> None:
     assert recipes.load_recipe(path).out == f"runs/{path.stem}"

@@ -36,7 +36,6 @@ def run(
 ) -> None:
     """Do the whole job; the same command goes on after a stop."""
     from .pipeline.run import run as run_recipe
-    from .report.page import print_report
     from .world import world_from_env
 
     world = world_from_env()
@@ -46,7 +45,7 @@ def run(
         if json_:
             print(folder.results.read_text(encoding="utf-8"), end="")
         elif not quiet:
-            print_report(folder.path, terminal())
+            _print_report(folder.path)
 
 
 @app.command()
@@ -63,7 +62,6 @@ def distill(
     """Train a student to do without a long prompt: collect a teacher's answers, tune, and compare the two."""
     from .pipeline.distill import bill, plan_distillation
     from .pipeline.distill import distill as distill_recipe
-    from .report.page import print_report
     from .world import world_from_env
 
     world = world_from_env()
@@ -79,7 +77,7 @@ def distill(
         if json_:
             print(folder.results.read_text(encoding="utf-8"), end="")
         elif not quiet:
-            print_report(folder.path, terminal())
+            _print_report(folder.path)
 
 
 @app.command()
@@ -165,10 +163,10 @@ def export(
 @app.command()
 def report(run_folder: RunPath, debug: Debug = False) -> None:
     """Write report.html again from the run folder and print the verdict."""
-    from .report.page import print_report, write_report
+    from .report.page import write_report
 
     write_report(run_folder)
-    print_report(run_folder, terminal())
+    _print_report(run_folder)
 
 
 @app.command()
@@ -270,6 +268,13 @@ def schema(keys: Annotated[bool, typer.Option("--keys", help="Names only.")] = F
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+def _print_report(run_folder: Path) -> None:
+    """The verdict on the terminal; imported when there is one, as matplotlib comes with it."""
+    from .report.page import print_report
+
+    print_report(run_folder, terminal())
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import stats
+from scipy import special
 
 from ..types import Estimate
 from .stats import CHUNK_NUMBERS, RESAMPLES
@@ -38,7 +38,7 @@ def krippendorff(units: Sequence[Sequence[Hashable]], level: float = 0.95, seed:
     ]
     alphas = np.concatenate(drawn)
     alphas = alphas[np.isfinite(alphas)]  # a resample of equal judgements only has no alpha
-    tail = float(stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + level) / 2, n - 1)))
+    tail = float(special.ndtr(-math.sqrt(n / (n - 1)) * special.stdtrit(n - 1, (1 + level) / 2)))
     low, high = (float(np.quantile(alphas, q)) for q in (tail, 1 - tail))
     return Estimate(value=value, low=min(value, low), high=max(value, high), n=n, level=level)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy import optimize, stats
+from scipy import optimize, special
 
 from ..errors import DataError
 from ..types import Contrast, Decision, Equivalence, Estimate, Measurement, Sameness, Verdict
@@ -53,7 +53,7 @@ def bootstrap(values: Float[np.ndarray, "N"], level: float = 0.95, seed: int = 0
     n, mean = len(values), float(values.mean())
     if n == 1:
         return mean, mean
-    tail = float(stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + level) / 2, n - 1)))
+    tail = float(special.ndtr(-math.sqrt(n / (n - 1)) * special.stdtrit(n - 1, (1 + level) / 2)))
     rng = np.random.default_rng(seed)
     means = np.concatenate([values[rng.integers(n, size=(rows, n))].mean(axis=1) for rows in _chunks(n)])
     # Both ends from the same quantile, so that negated values give exactly the negated interval.
@@ -117,6 +117,8 @@ def equivalence(
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """Exact two-sided p-value: of the items on which the arms differ, each side wins with chance 1/2 (McNemar 1947)."""
+    from scipy import stats  # here, as it takes half a second, and the first optimizer step waits
+
     differing = only_a + only_b
     return min(1.0, 2 * float(stats.binom.cdf(min(only_a, only_b), differing, 0.5))) if differing else 1.0
 
@@ -150,8 +152,8 @@ def smallest_difference(
     For other scores, d = (t_level + t_power) sd / sqrt(n), `sd` being that of the paired differences.
     """
     if sd is not None:
-        return float(sum(stats.t.ppf([(1 + level) / 2, power], n - 1)) * sd / math.sqrt(n)) if n > 1 else math.inf
-    z, y = _z(level), float(stats.norm.ppf(power))
+        return float(sum(special.stdtrit(n - 1, [(1 + level) / 2, power])) * sd / math.sqrt(n)) if n > 1 else math.inf
+    z, y = _z(level), float(special.ndtri(power))
     root = n + y**2 - z**2
     difference = math.sqrt(discordance) * (z * math.sqrt(n) + y * math.sqrt(root)) / (n + y**2) if root > 0 else 1.0
     if difference <= discordance:
@@ -209,7 +211,7 @@ def decide_equivalence(found: Equivalence, forgetting: Estimate | None, forgetti
 
 
 def _z(level: float) -> float:
-    return float(stats.norm.ppf((1 + level) / 2))
+    return float(special.ndtri((1 + level) / 2))
 
 
 def _tango_high(only_a: int, only_b: int, n: int, level: float) -> float:

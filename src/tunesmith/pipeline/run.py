@@ -22,7 +22,6 @@ from ..folder import RunFolder, write_json
 from ..model.load import Model
 from ..model.sample import Sampling
 from ..recipe import Recipe, Update
-from ..report.page import write_report
 from ..screen import Screen
 from ..train.meter import machine
 from ..types import Item, Measurement
@@ -105,6 +104,8 @@ def run(
         case "ppo" | "grpo":
             learn_from_rewards(place)
     if world.leads:
+        from ..report.page import write_report  # here, as matplotlib takes a second, and the first step waits
+
         write_report(folder.path)
     world.barrier()
     return folder
