@@ -42,6 +42,8 @@ def same(a: Curated, b: Curated) -> bool:
         theirs = b.splits[name]
         assert mine.rows == theirs.rows
         assert np.array_equal(mine.parts, theirs.parts)
+        assert np.array_equal(mine.examples.counts, theirs.examples.counts)
+        assert mine.examples.counts.tokens.tolist() == [len(example.tokens) for example in mine.examples]
         assert mine.longest_answer_tokens == theirs.longest_answer_tokens
         for one, other in zip(mine.examples, theirs.examples, strict=True):
             assert (one.id, one.tokens.tolist(), one.weights.tolist()) == (

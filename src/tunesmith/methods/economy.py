@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..data.counts import counts
 from ..data.pack import pack
 from ..errors import FolderError
 from ..folder import storage_errors, write_bytes
@@ -37,7 +38,7 @@ PASSES_THAT_PAY = 1.5
 def reach(source: SftSteps, model: Model) -> Reach:
     """Which of the run's tokens go through the head, and which through frozen lower blocks."""
     sizes, beside = source.row_tokens(), source.rehearsal.tokens_a_row
-    scored = np.mean([np.count_nonzero(example.weights[1:]) for example in source.examples]) + beside
+    scored = np.mean(counts(source.examples).scored) + beside
     rows = len(source.examples) if keeps_states(source, model) else math.inf
     mean = float(np.mean(sizes))
     return Reach(scored=float(scored) / mean, rows=rows, row_tokens=mean - beside)
@@ -107,7 +108,7 @@ class KeptStates:
                 self.places[_digest(example.tokens)] = (path, 4 * self.width * start)
 
     def _bytes(self, rows: Sequence[Example]) -> int:
-        return 4 * self.width * sum(len(example.tokens) for example in rows)
+        return 4 * self.width * int(counts(rows).tokens.sum())
 
     def _key(self) -> str:
         """What the states depend on: base, boundary, rows."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..data.counts import counts
 from ..data.pack import pack
 from ..tensors import Batch, LossTerms, Need, Scores
 from ..types import Example
@@ -49,4 +50,5 @@ class SftSteps(EpochSteps):
 
     def row_tokens(self) -> list[float]:
         """Tokens that each row costs, its share of what is rehearsed included."""
-        return [len(example.tokens) + self.rehearsal.tokens_a_row for example in self.examples]
+        beside = self.rehearsal.tokens_a_row
+        return [tokens + beside for tokens in counts(self.examples).tokens.tolist()]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
+from ..data.counts import counts
 from ..data.curate import SPLITS, Census
 from ..data.read import items
 from ..data.similar import MANY_ROWS, MOST_COMPARED
@@ -48,7 +48,7 @@ class Prepared:
         """`data` and `census` of results.json."""
         total = self.census.total
         sizes = {"train": len(self.rows), "valid": len(self.valid_items), "test": len(self.test_items)}
-        tokens = lengths_tokens(self.train)
+        tokens = counts(self.train).tokens
         spread = {f"p{share}": float(np.percentile(tokens, share)) for share in (5, 50, 95)}
         return {
             "data": {
@@ -147,11 +147,6 @@ def answer_room(longest_tokens: int) -> int:
     return 8 * math.ceil(max(1, longest_tokens) * ANSWER_ROOM / 8)
 
 
-def lengths_tokens(examples: Sequence[Example]) -> Int[np.ndarray, "examples"]:
-    """The length of each example."""
-    return np.fromiter((len(example.tokens) for example in examples), np.int64, len(examples))
-
-
 def _show(prepared: Prepared, screen: Screen) -> None:
     rows = []
     for name, count in prepared.census.splits.items():
@@ -159,8 +154,8 @@ def _show(prepared: Prepared, screen: Screen) -> None:
         flags = ", ".join(f"{n} {reason}" for reason, n in count.flagged.items()) or "none"
         rows.append([name, str(count.read), str(count.kept), left_out, flags])
     screen.table(["split", "read", "kept", "left out", "flagged"], rows)
-    tokens = lengths_tokens(prepared.train)
-    trained = sum(int((example.weights > 0).sum()) for example in prepared.train)
+    counted = counts(prepared.train)
+    tokens, trained = counted.tokens, int(counted.trained.sum())
     asks = any(item.prompt for item in join(prepared.valid_items, prepared.test_items))
     screen.line(
         f"{tokens.sum():,} training tokens, {trained:,} of them trained; {np.percentile(tokens, 5):.0f} to "

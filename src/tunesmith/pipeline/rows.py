@@ -25,6 +25,7 @@ from jaxtyping import Int
 
 from .. import __version__
 from ..data import store
+from ..data.counts import Counted, Counts, counts
 from ..data.curate import SPLITS, Census, SplitCount, census, curate, drop_overlong
 from ..data.layout import is_prompt_only
 from ..data.read import read
@@ -58,7 +59,7 @@ class Rendered:
     """One split's rows and their examples, `parts[i]` of row i, in order."""
 
     rows: Sequence[Conversation]
-    examples: Sequence[Example]
+    examples: Counted
     parts: Int[np.ndarray, "rows"]
     longest_answer_tokens: int
 
@@ -146,9 +147,10 @@ def _rendered(
         answers.append(answer_tokens(made[-1]) if row.prompt else 0)
     kept, entries = drop_overlong(rows, lengths, limit, spec.overlong)
     fits = np.array(lengths) <= limit
+    short = some(examples, np.flatnonzero(np.repeat(fits, parts)))
     found = Rendered(
         rows=kept,
-        examples=some(examples, np.flatnonzero(np.repeat(fits, parts))),
+        examples=Counted(short, counts(short)),
         parts=np.array(parts)[fits],
         longest_answer_tokens=int(np.array(answers)[fits].max(initial=0)),
     )
@@ -200,9 +202,10 @@ def _keep(made: Curated, target: Path) -> None:
             ROWS.write(part.rows, folder / f"{name}-rows")
             EXAMPLES.write(part.examples, folder / f"{name}-examples")
             np.save(folder / f"{name}-parts.npy", part.parts, allow_pickle=False)
+            np.save(folder / f"{name}-counts.npy", np.stack(part.examples.counts), allow_pickle=False)
         answers = {name: part.longest_answer_tokens for name, part in made.splits.items()}
-        counts = asdict(made.census)["splits"]
-        write_json(folder / "facts.json", {"census": counts, "note": made.note, "longest_answer_tokens": answers})
+        split_counts = asdict(made.census)["splits"]
+        write_json(folder / "facts.json", {"census": split_counts, "note": made.note, "longest_answer_tokens": answers})
         write_manifest(folder)
     with storage_errors(target.parent):
         whole = [path for path in target.parent.iterdir() if not path.name.startswith(".")]
@@ -219,12 +222,13 @@ def _found(folder: Path) -> Curated:
     facts = read_json(folder / "facts.json")
     with storage_errors(folder):
         parts = {name: np.load(folder / f"{name}-parts.npy", allow_pickle=False) for name in SPLITS}
+        known = {name: Counts(*np.load(folder / f"{name}-counts.npy", allow_pickle=False)) for name in SPLITS}
     with suppress(OSError):  # another's cache may be read, if not written
         os.utime(folder)
     splits = {
         name: Rendered(
             rows=cast("Sequence[Conversation]", ROWS.read(folder / f"{name}-rows")),
-            examples=EXAMPLES.read(folder / f"{name}-examples"),
+            examples=Counted(EXAMPLES.read(folder / f"{name}-examples"), known[name]),
             parts=parts[name],
             longest_answer_tokens=longest,
         )

@@ -15,6 +15,7 @@ from itertools import zip_longest
 import numpy as np
 import torch
 
+from ..data.counts import counts
 from ..errors import TrainingError
 from ..memory import available_bytes
 from ..model.attention import PackedAttention
@@ -102,7 +103,7 @@ def derive(
     settle = _Settling(model)
     rows = rows or len(examples)
     spec = recipe.train
-    lengths = [len(example.tokens) for example in examples]
+    counted = counts(examples)
     few = "fewer rows bear more passes" if recipe.method == "sft" else "a second pass learns choices by rote"
     epochs = settle("train.epochs", spec.epochs, _epochs(rows, recipe.method), f"{rows} training rows; {few}")
     batch = settle(
@@ -112,7 +113,7 @@ def derive(
         "small enough for 100 steps or more, 32 at most (LoRA loses with large batches)",
     )
     rate = _rate(recipe, update, model, settle)
-    trained = sum(int((example.weights > 0).sum()) for example in examples)
+    trained, longest = int(counted.trained.sum()), int(counted.tokens.max())
     rank = lowest = 0
     if update == "economy":
         lowest = _lowest(model, recipe.lora.upper, settle)
@@ -128,10 +129,10 @@ def derive(
                 else f"{rows:,} choices say about a bit each",
             )
         )
-    longest = 2 * max(lengths) if recipe.method in ("reward", "dpo") else max(lengths)
+    longest *= 2 if recipe.method in ("reward", "dpo") else 1
     adapter = 0 if update == "full" else rank * _adapter_parameters_per_rank(model, lowest)
     micro = _micro(model, adapter, longest, spec.microbatch_tokens, settle)
-    recompute = _recompute(model, adapter, int(min(micro, sum(lengths))), settle)
+    recompute = _recompute(model, adapter, int(min(micro, counted.tokens.sum())), settle)
     return Settings(
         epochs=float(epochs),
         batch=int(batch),
