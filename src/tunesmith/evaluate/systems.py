@@ -47,7 +47,8 @@ def candidates(
     instructions: str, shots: int, train: Sequence[Conversation], *, seed: int, allow_system: bool
 ) -> list[Prompting]:
     """Prompted arms to choose from on validation rows: placements of the instructions, numbers and draws of shots."""
-    train = some(train, (place for place, row in enumerate(train) if row.messages))  # plain text asks nothing
+    asking = (place for place, row in enumerate(train) if row.messages)  # plain text asks nothing
+    train = some(train, asking if shots else ())
     placements: list[Placement] = ["system", "user"] if allow_system else ["user"]
     found = [Prompting(name="instructed", instructions=instructions, placement=p) for p in placements if instructions]
     counts = sorted({count for count in (1, shots // 2 + 1, shots) if 0 < count <= min(shots, len(train))})
