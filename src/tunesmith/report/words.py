@@ -46,7 +46,9 @@ _LABELS = {
 def arm_label(run: RunRecord, arm: str) -> str:
     """An arm's name for readers; the few-shot arm says how many examples it shows."""
     shots = (run.results.get("few_shot") or {}).get("k") if arm == "few_shot" else None
-    return f"few-shot ({shots} examples)" if is_number(shots) else _LABELS.get(arm, arm.replace("_", " "))
+    if is_number(shots):
+        return f"few-shot ({shots} example{'' if shots == 1 else 's'})"
+    return _LABELS.get(arm, arm.replace("_", " "))
 
 
 def metric_label(metric: str) -> str:
