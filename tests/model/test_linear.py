@@ -7,13 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.model.linear import (
-    ONEDNN,
-    WIDE_VECTORS,
     Linear,
-    answer,
     product,
-    reordered,
-    steady_answer,
     steady_product,
     use_fast_linear,
 )
@@ -116,27 +111,3 @@ def test_a_rows_product_has_the_same_bits_alone_and_among_others(size: tuple[int
     for count in (2, 3, 7, 16, 33, 100, 300):
         assert torch.equal(steady_product(x[:count], weight), alone[:count])
         assert torch.equal(steady_product(x[-count:].flip(0), weight), alone[-count:].flip(0))
-
-
-@pytest.mark.parametrize("rows", [1, 2, 7, 64, 300])
-def test_a_reordered_matrix_gives_the_same_bits_in_any_company(rows: int) -> None:
-    layer = nn.Sequential(nn.Linear(96, 160, bias=False))
-    use_fast_linear(layer)
-    only, x = layer[0], randn(rows, 96)
-    assert isinstance(only, Linear)
-    expected, steady = product(x, only.weight), steady_product(x, only.weight)
-    with reordered(layer, room_bytes=1e9):
-        assert (only.again is not None) == (ONEDNN and WIDE_VECTORS)
-        assert torch.equal(answer(x, only), expected)
-        assert torch.equal(steady_answer(x, only), steady)
-        for part in (1, 2, rows // 2):
-            assert torch.equal(steady_answer(x[:part], only), steady[:part])
-    assert only.again is None
-
-
-@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
-def test_matrices_stay_single_where_there_is_no_room_or_they_are_narrow(wide: torch.dtype) -> None:
-    layer = nn.Sequential(nn.Linear(96, 160, bias=False, dtype=wide))
-    use_fast_linear(layer)
-    with reordered(layer, room_bytes=0 if wide == torch.float32 else 1e9):
-        assert layer[0].again is None

@@ -13,7 +13,7 @@ from torch import Tensor
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import load_adapter, read_adapter, save_adapter
 from tunesmith.model.cache import Cache, Decode
-from tunesmith.model.linear import steady_answer
+from tunesmith.model.few_rows import steady_answer
 from tunesmith.model.load import Model, load
 from tunesmith.model.lora import LoraShape, attach_lora, lora_layers
 from tunesmith.model.many import Adapters

@@ -4,8 +4,7 @@ PyTorch sends float32 products on a CPU to MKL, which on AMD processors stays at
 AVX-512 where the processor has it; without it, it is the slower of the two, but for very wide outputs. A few rows go
 faster as columns. Every way is true float32; docs/speed.md has the rates on both kinds of machine.
 
-Where few rows meet a matrix again and again, as when answers are drawn, it may be kept a second time in the order that
-oneDNN likes (`reordered`): up to half as fast again, with the same sums.
+Where few rows meet a matrix again and again it may be kept a second time, in a form made for that (few_rows.py).
 
 A frozen matrix may be stored in bfloat16 or float16. It is widened to float32 slice by slice as it is multiplied, which
 loses nothing: the sums are those of a matrix stored in float32, bit for bit.
@@ -13,8 +12,7 @@ loses nothing: the sums are those of a matrix stored in float32, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -121,9 +119,14 @@ class _Linear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear on `product`; same parameters, same names. `again` is the weight once more, reordered."""
+    """nn.Linear on `product`; same parameters, same names. `again` is the weight once more (few_rows.py)."""
 
-    again: Tensor | None = None
+    again: Any = None
+
+    @property
+    def whole(self) -> Tensor:
+        """The matrix that the layer multiplies with."""
+        return self.weight.detach()
 
     def forward(self, input: Tensor) -> Tensor:
         """y = x W^T + b."""
@@ -138,44 +141,6 @@ class Embedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """A row of the matrix for each index."""
         return super().forward(input).to(met_as(self.weight))
-
-
-def answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M N"]:
-    """x W^T of the layer by `product`, without its bias. A single row never meets the reordered weight.
-
-    That would be another order of sums, so what comes out depends on no memory's size.
-    """
-    again = layer.again if isinstance(layer, Linear) and len(x) > 1 else None
-    return product(x, layer.weight if again is None else again)
-
-
-def wide_answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M N"]:
-    """`answer` in float32: logits, which bfloat16 would round by some hundredths."""
-    return wide_product(x, layer.weight) if x.is_cuda else answer(x, layer).float()
-
-
-def steady_answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M N"]:
-    """x W^T of the layer by `steady_product`, without its bias."""
-    again = layer.again if isinstance(layer, Linear) and len(x) else None
-    return steady_product(x, layer.weight if again is None else again)
-
-
-@contextmanager
-def reordered(module: nn.Module, room_bytes: float) -> Iterator[None]:
-    """Keep the matrices of `module` a second time for products of few rows, if there is room for them.
-
-    Only on processors with wide vectors, where it pays. The weights must not change meanwhile.
-    """
-    layers = [layer for layer in module.modules() if isinstance(layer, Linear) and layer.weight.is_cpu]
-    layers = [layer for layer in layers if layer.weight.dtype == torch.float32 and layer.again is None]
-    worth = ONEDNN and WIDE_VECTORS and 4 * sum(layer.weight.numel() for layer in layers) < room_bytes
-    for layer in layers if worth else ():
-        layer.again = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), FEW_ROWS)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.again = None
 
 
 def use_fast_linear(module: nn.Module) -> None:

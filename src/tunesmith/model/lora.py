@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .linear import Linear, answer, met_as, product
+from .few_rows import answer, meets_whole
+from .linear import Linear, met_as, product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +78,18 @@ class LoraLinear(Linear):
             return super().forward(input)
         return _LoraLinear.apply(input, self.weight, self.bias, self.lora_a, self.lora_b, self.scale)  # type: ignore[return-value]
 
+    @property
+    def whole(self) -> Tensor:
+        """W + scale B A, in the type that it is multiplied in."""
+        weight = self.weight.detach().to(met_as(self.weight))
+        if not self.enabled:
+            return weight
+        return torch.addmm(weight, self.lora_b.detach(), self.lora_a.detach(), alpha=self.scale)
+
     def answer(self, x: Float[Tensor, "T K"]) -> Float[Tensor, "T N"]:
         """W x + scale B A x, without gradients and without a bias."""
         y = answer(x, self)
-        if not self.enabled:
+        if not self.enabled or meets_whole(x, self):
             return y
         a, b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
         return y.addmm_(x @ a.T, b.T, alpha=self.scale)

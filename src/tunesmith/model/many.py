@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .adapters import Adapter
-from .linear import Linear, met_as, steady_answer, steady_product
+from .few_rows import steady_answer
+from .linear import Linear, met_as, steady_product
 from .load import Model
 from .lora import wanted
 from .sample import Row

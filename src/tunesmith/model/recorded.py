@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .cache import Cache, Decode
-from .linear import wide_answer
+from .few_rows import wide_answer
 from .load import Model
 
 PAST_TOKENS = 256  # a recording looks back over a multiple of these

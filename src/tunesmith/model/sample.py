@@ -24,13 +24,14 @@ from ..tensors import Layout
 from ..types import Completion, Stop
 from .attention import Attend
 from .cache import Cache, Decode, Prefill
+from .few_rows import kept_twice, wide_answer
 from .guesses import Guesses
-from .linear import reordered, wide_answer
 from .load import Model
 from .recorded import Recordings, records
 
 PREFILL_TOKENS = 2048
-REORDER_FROM_PASSES = 32  # takes as long as some 20 passes save
+COPY_FROM_PASSES = 32  # matrices are copied in as long as some 20 passes save
+HALVE_FROM_PASSES, HALVE_UP_TO_ROWS = 96, 4  # and halved in as long as some 50 save
 RECORD_FROM_PASSES = 16
 GPU_BATCH = 256
 CHEAP_TOKENS, MOST_GUESSES = 8, 3  # up to so many tokens a pass one more costs little; guesses a row
@@ -220,8 +221,9 @@ def sample(
     finished: list[Completion | None] = [None] * len(prompts)
     passes = how.max_new_tokens * math.ceil(len(prompts) / how.batch)
     # Of all memory and not of the free: a run that goes on must decide as before.
-    room_bytes = available_bytes(model.device) / 4 if passes >= REORDER_FROM_PASSES and model.blocks else 0
-    with reordered(model.hf, room_bytes):
+    room_bytes = available_bytes(model.device) / 4 if passes >= COPY_FROM_PASSES and model.blocks else 0
+    halve = passes >= HALVE_FROM_PASSES and min(how.batch, len(prompts)) <= HALVE_UP_TO_ROWS
+    with kept_twice(model.hf, room_bytes, halve=halve):
         for row, stop in _answered(model, prompts, how):
             finished[row.place] = _completion(row, stop, model)
             progress(len(prompts) - finished.count(None))

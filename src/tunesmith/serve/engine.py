@@ -22,7 +22,7 @@ from typing import TypeVar
 from ..errors import ModelError
 from ..memory import available_bytes
 from ..model.adapters import Adapter
-from ..model.linear import reordered, steady_answer
+from ..model.few_rows import kept_twice, steady_answer
 from ..model.load import Model
 from ..model.many import Adapters
 from ..model.sample import Live, Row, how_many, stopped
@@ -140,7 +140,7 @@ class Engine:
     # On the engine's thread
 
     def _work(self) -> None:
-        with reordered(self.model.hf, available_bytes(self.model.device) / 4):
+        with kept_twice(self.model.hf, available_bytes(self.model.device) / 4, halve=True):
             while self._open or self.waiting or self.live.rows:
                 self._listen(idle=not self.waiting and not self.live.rows)
                 self._drop_unwanted()
