@@ -97,7 +97,8 @@ def _halved(weight: Float[Tensor, "N K"]) -> Halved | None:
         return None
     scale = 2.0 ** min(LARGEST_EXPONENT - math.frexp(largest)[1], 100)
     for rows in (GLANCE_ROWS, len(weight)):  # most that will not do show it at once
-        scaled = weight[:rows].float() * scale
-        if not torch.equal(scaled.half().float(), scaled):
+        wide = weight[:rows].float()
+        scaled = wide * scale
+        if not torch.equal(scaled.half().float() / scale, wide):
             return None
     return Halved(torch.ops.quantized.linear_prepack_fp16(scaled, None), scale)
