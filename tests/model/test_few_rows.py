@@ -56,7 +56,7 @@ def test_a_published_matrix_is_kept_in_half_the_bytes_and_multiplies_as_before(r
 @halves
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.floats(width=32, allow_nan=True), min_size=1, max_size=40), st.booleans())
-@example([2.0**38, 2.0**-126], narrow=True)
+@example([2.0**38, 2.0**-126], True)
 def test_a_matrix_is_halved_only_if_no_number_of_it_changes(numbers: list[float], narrow: bool) -> None:
     weight = torch.tensor(numbers)[:, None]
     whole, layer = one_layer(weight.bfloat16().float() if narrow else weight)
