@@ -117,10 +117,9 @@ def _supervised(place: Place, taught: Mapping[str, Any] | None) -> None:
     world, folder = place.world, place.folder
     with opened(place, job.data.ledger, _facts(job)):
         before = _baselines(job, base, folder) if world.leads else None
-        loaded = [base]
-        del base  # the first update changes it, and each further one loads its own
+        del base
         world.barrier()
-        after = {update: _tuned(job, update, folder, before, loaded) for update in place.recipe.update}
+        after = {update: _tuned(job, update, folder, before) for update in place.recipe.update}
         if before:
             place.screen.stage("Verdict")
             found = _findings(job, before, after, seconds=time.monotonic() - place.started)
@@ -174,7 +173,7 @@ def _baselines(job: Job, base: Model, folder: RunFolder) -> Before:
     )
 
 
-def _tuned(job: Job, update: Update, folder: RunFolder, before: Before | None, loaded: list[Model]) -> After:
+def _tuned(job: Job, update: Update, folder: RunFolder, before: Before | None) -> After:
     """Train one update; the first rank, which knows what was before, then asks the tuned model the test rows."""
     data, asking = job.data, job.asking
     material = Material(
@@ -186,7 +185,7 @@ def _tuned(job: Job, update: Update, folder: RunFolder, before: Before | None, l
         how=asking.how,
     )
     job.screen.stage("Training", f"{update} fine-tuning")
-    tuned = tune(job.recipe, update, material, folder, job.world, job.screen, loaded)
+    tuned = tune(job.recipe, update, material, folder, job.world, job.screen)
     measured = forgetting = None
     if before:
         prompting = Prompting(name=update)

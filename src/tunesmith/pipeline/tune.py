@@ -60,20 +60,14 @@ def tune(
     folder: RunFolder,
     world: World,
     screen: Screen,
-    loaded: list[Model] | None = None,
 ) -> Tuned:
-    """Train, or pick up where an earlier process stopped; a finished update is only loaded.
-
-    The base is taken out of `loaded`, if there is one: it will not be the base any more.
-    """
-    loaded = loaded or []
+    """Train, or pick up where an earlier process stopped; a finished update is only loaded."""
     target = folder.handed_over(update)
     record = folder.path / "trained" / f"{update}.json"
     if record.is_file():
         screen.line(f"{update} was trained before; loading {target.name}/")
-        loaded.clear()
         return _finished(recipe, update, target, read_json(record), world)
-    model = loaded.pop() if loaded else load(recipe.base, world, recipe.weights)
+    model = load(recipe.base, world, recipe.weights)
     settings = derive(recipe, update, model, material.train)
     rows = min(settings.epochs * len(material.train), settings.batch * (recipe.train.max_steps or math.inf))
     rehearsal = rehearsed(recipe, texts_for(rows), model, folder, world, screen)
