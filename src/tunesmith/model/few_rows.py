@@ -38,11 +38,11 @@ class Halved:
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed).mul_(1 / self.scale)
 
 
-Again = Halved | Tensor  # a Tensor is the matrix in oneDNN's order
-
-
 def answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M N"]:
-    """x W^T of the layer by `product`, without its bias; with its adapter where x `meets_whole`."""
+    """x W^T of the layer by `product`, without its bias; with its adapter where x `meets_whole`.
+
+    A copy that is a Tensor is in oneDNN's order.
+    """
     again = layer.again if isinstance(layer, Linear) else None
     if isinstance(again, Halved):
         return again.product(x) if 0 < len(x) <= FEW_ROWS else product(x, layer.weight)
