@@ -80,11 +80,12 @@ class LoraLinear(Linear):
 
     @property
     def whole(self) -> Tensor:
-        """W + scale B A, in the type that it is multiplied in."""
-        weight = self.weight.detach().to(met_as(self.weight))
+        """W + scale B A, in the type that it is multiplied in; W where the adapter is off."""
+        weight = self.weight.detach()
         if not self.enabled:
             return weight
-        return torch.addmm(weight, self.lora_b.detach(), self.lora_a.detach(), alpha=self.scale)
+        update = product(self.lora_b.detach(), self.lora_a.detach().T) * self.scale
+        return (weight.float() + update).to(met_as(weight))
 
     def answer(self, x: Float[Tensor, "T K"]) -> Float[Tensor, "T N"]:
         """W x + scale B A x, without gradients and without a bias."""
@@ -154,8 +155,8 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
 def merge_lora(module: nn.Module) -> None:
     """Add every adapter to its weights, W + s B A, and leave plain Linear layers."""
     for layer in lora_layers(module).values():
-        update = product(layer.lora_b, layer.lora_a.T) * layer.scale
-        layer.weight.data = (layer.weight.float() + update).to(met_as(layer.weight))
+        layer.enabled = True
+        layer.weight.data = layer.whole
         del layer.lora_a, layer.lora_b
         layer.__class__ = Linear  # type: ignore[assignment]
 
