@@ -7,10 +7,8 @@ in docs/log.md. The prediction comes from a dry run of the heaviest and of typic
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -18,21 +16,18 @@ import torch
 from ..data.counts import counts
 from ..errors import TrainingError
 from ..memory import available_bytes
-from ..model.attention import PackedAttention
 from ..model.linear import Linear, met_as
 from ..model.load import Model
 from ..model.lora import block_of
-from ..model.score import score
 from ..model.stored import FLOAT32
 from ..recipe import Method, Recipe, Update
 from ..tensors import Batch, Loss, StepSource
 from ..types import Derived, Example
 from .checkpoint import trainable
-from .meter import memory_bytes, own_bytes, peak_memory_bytes, release_memory, reset_peak_memory
+from .dry_run import dry_run, look_at, resting_bytes
+from .meter import release_memory
 from .optim import state_bytes
 
-DRY_STEPS, SEARCHED_STEPS = 3, 64
-DRY_SECONDS = 3.0  # after which no further micro-batch is timed
 RESERVED = 0.9  # share of the memory that a run may plan with
 SAFE = 0.7  # of the micro-batch that would just fit
 RATES: dict[Method, float] = {"sft": 1.0, "reward": 0.3, "dpo": 0.05, "ppo": 0.4, "grpo": 0.2}  # docs/log.md
@@ -58,11 +53,12 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a training run should take."""
+    """What a training run should take. `remembered`: as an equal one was timed before."""
 
     seconds: float
     peak_memory_bytes: float
     flops: float
+    remembered: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +198,7 @@ def _room_bytes(model: Model, adapter_parameters: int) -> float:
     """What a micro-batch may take beside the weights, their gradients and the optimizer. Without adapter: in full."""
     weights = list(model.hf.parameters()) if not adapter_parameters else []
     states = 16 * adapter_parameters + sum(state_bytes(p) + p.numel() * p.element_size() for p in weights)
-    return RESERVED * available_bytes(model.device) - _resting_bytes(model) - states
+    return RESERVED * available_bytes(model.device) - resting_bytes(model) - states
 
 
 def _recompute(model: Model, adapter_parameters: int, tokens: int, settle: _Settling) -> bool:
@@ -220,13 +216,6 @@ def _recompute(model: Model, adapter_parameters: int, tokens: int, settle: _Sett
 
 def _slack(model: Model) -> float:
     return GPU_SLACK if model.device.type == "cuda" else HEAP_SLACK
-
-
-def _resting_bytes(model: Model) -> int:
-    """What is held before a pass. Weights mapped from files count whole, of which the system may have dropped pages."""
-    mapped = [p for p in model.hf.parameters() if p.dtype != torch.float32 and p.device.type == "cpu"]
-    held = own_bytes() + sum(p.numel() * p.element_size() for p in mapped)
-    return max(memory_bytes(model.device), held if mapped else 0)
 
 
 def _step_bytes(model: Model, tokens: int, head_trained: bool) -> int:
@@ -248,71 +237,32 @@ def predict(
     batch: int,
     reach: Reach = EVERYWHERE,
 ) -> Prediction:
-    """Time forward and backward passes of a few micro-batches, weights untouched; memory from the heaviest of them.
-
-    Where the states of frozen blocks are kept, their forward pass is timed too, and counted once a row.
+    """Seconds and memory from a dry run. Where the states of frozen blocks are kept, that pass counts once a row.
 
     Raises TrainingError when the predicted peak does not fit, with the micro-batch that would.
     """
     parameters = trainable(model.hf)
-    steps = [source(step) for step in _spread(source.steps, DRY_STEPS + 1)]
-    looked_at = (batch for step in _spread(source.steps, SEARCHED_STEPS) for batch in source(step))
-    heaviest = max(looked_at, key=lambda one: len(one.tokens))
+    heaviest, shapes = look_at(source)
     release_memory()  # what preparing the rows left
-    reset_peak_memory()
-    resting = _resting_bytes(model)
+    resting = resting_bytes(model)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
     states = sum(state_bytes(parameter) for parameter in parameters.values())
     fixed, longest = float(resting + weights + states), math.ceil(max(sizes))
     expected = _step_bytes(model, len(heaviest.tokens), model.head_weight.requires_grad)
     _refuse_too_big(float(expected), fixed, heaviest, longest, model.device)
-    _pass(model, heaviest, loss)
-    if model.device.type == "cuda":  # kernels are compiled for a second length before the clock starts
-        _pass(model, steps[-1][-1], loss)
-    seconds_spent = tokens_timed = dry_seconds = 0.0
-    spared = (
-        max(source.steps * batch - reach.rows, 0) * reach.row_tokens / (source.steps * batch * float(np.mean(sizes)))
-    )
-    for one in _in_turn(steps[1:] or steps):
-        if dry_seconds > DRY_SECONDS:
-            break
-        took = _seconds(lambda one=one: _pass(model, one, loss))
-        below = _seconds(lambda one=one: _pass_below(model, one)) if spared else 0.0
-        dry_seconds += took + below
-        seconds_spent += took - spared * below
-        tokens_timed += len(one.tokens)
-    peak = peak_memory_bytes(model.device)
-    for parameter in parameters.values():
-        parameter.grad = None
-    trained = sum(parameter.numel() for parameter in parameters.values())
-    moving = _slack(model) * max(peak - resting - weights, 0)
+    examples = source.steps * batch
+    spared = max(examples - reach.rows, 0) * reach.row_tokens / (examples * float(np.mean(sizes)))
+    dry = dry_run(model, source, loss, heaviest, shapes, spared)
+    moving = _slack(model) * max(dry.peak_bytes - weights, 0)
     _refuse_too_big(moving, fixed, heaviest, longest, model.device)
-    tokens_per_step = sum(len(b.tokens) for step in steps for b in step) / len(steps)
+    trained = sum(parameter.numel() for parameter in parameters.values())
     optimizer_seconds = 28 * trained / MOVED_BYTES_PER_SECOND[model.device.type]
-    seconds = source.steps * (seconds_spent / tokens_timed * tokens_per_step + optimizer_seconds)
     return Prediction(
-        seconds=seconds,
+        seconds=source.steps * (dry.step_seconds + optimizer_seconds),
         peak_memory_bytes=float(moving + fixed),
-        flops=flops(model, update, sizes, source.steps * batch, reach),
+        flops=flops(model, update, sizes, examples, reach),
+        remembered=dry.remembered,
     )
-
-
-def _in_turn(steps: Sequence[Sequence[Batch]]) -> Iterator[Batch]:
-    """The first micro-batch of each step, then the second of each, and so on."""
-    return (one for together in zip_longest(*steps) for one in together if one is not None)
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    start = time.monotonic()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.monotonic() - start
-
-
-def _spread(steps: int, count: int) -> list[int]:
-    """At most `count` steps, evenly over the run."""
-    return sorted({int(step) for step in np.linspace(0, steps - 1, count)})
 
 
 def _refuse_too_big(moving: float, fixed: float, heaviest: Batch, longest: int, device: torch.device) -> None:
@@ -343,24 +293,6 @@ def flops(model: Model, update: Update, sizes: Sequence[float], examples: float,
     head, lower = model.head_weight.numel(), model.lower_parameters
     upper = (model.product_parameters - head - lower) * tokens + head * tokens * reach.scored
     return (6 if update == "full" else 4) * upper + 2 * lower * below
-
-
-def _pass(model: Model, batch: Batch, loss: Loss) -> None:
-    batch = batch.to(model.device)
-    try:
-        (loss(score(model, batch, loss.needs), batch).sum / max(loss.count(batch), 1)).backward()
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"a micro-batch of {len(batch.tokens):,} tokens does not fit the GPU's memory",
-            where="train.microbatch_tokens",
-            fix="Set it lower, or choose update: lora, shorter rows (data.max_tokens) or a smaller base.",
-        ) from error
-
-
-def _pass_below(model: Model, batch: Batch) -> None:
-    assert model.blocks
-    batch = batch.to(model.device)
-    model.blocks.below(model.blocks.frozen, batch.tokens, batch.positions, PackedAttention(batch.layout))
 
 
 def _lowest(model: Model, upper: float, settle: _Settling) -> int:
