@@ -55,10 +55,12 @@ def row(number: int, adapter: str, temperature: float = 0.0) -> Row:
     return Row(draw.integers(3, 250, int(draw.integers(1, 160))), how, 0, adapter, 3)
 
 
-def answered(model: Model, rows: Sequence[Row], slots: int, adapters: Adapters | None = None) -> list[Row]:
+def answered(
+    model: Model, rows: Sequence[Row], slots: int, adapters: Adapters | None = None, *, compiled: bool = True
+) -> list[Row]:
     """All rows, as many side by side as there are slots."""
     route = {"route": adapters.route} if adapters else {}
-    steady = {"decode": SteadyDecode, "multiply": steady_answer, "guesses": False}
+    steady = {"decode": SteadyDecode, "multiply": steady_answer, "guesses": False, "compiled": compiled}
     live, waiting = Live(model, slots, 128, **route, **steady), list(rows)
     while waiting or live.rows:
         count = min(live.free, len(waiting))
@@ -83,11 +85,15 @@ def test_rows_of_an_adapter_are_answered_as_by_the_model_that_has_it_alone(
         np.testing.assert_allclose(mixed[n].log_probs, alone[n].log_probs, atol=1e-4)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("slots", [2, 3, 16])
-def test_a_rows_bits_do_not_depend_on_its_company(slots: int, temperature: float, shared: Adapters) -> None:
-    alone = [answered(shared.model, [row(n, NAMES[n % 3], temperature)], 1, shared)[0] for n in range(14)]
-    crowd = answered(shared.model, [row(n, NAMES[n % 3], temperature) for n in range(14)], slots, shared)
+def test_a_rows_bits_do_not_depend_on_its_company(
+    slots: int, temperature: float, compiled: bool, shared: Adapters
+) -> None:
+    rows = [[row(n, NAMES[n % 3], temperature) for n in range(14)] for _ in range(2)]
+    alone = [answered(shared.model, [one], 1, shared, compiled=compiled)[0] for one in rows[0]]
+    crowd = answered(shared.model, rows[1], slots, shared, compiled=compiled)
     for one, other in zip(alone, crowd, strict=True):
         assert (one.tokens, one.log_probs, one.rivals) == (other.tokens, other.log_probs, other.rivals)
 

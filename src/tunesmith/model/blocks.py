@@ -117,7 +117,7 @@ class Blocks:
         first = self.frozen
         below = self.below(first, tokens, positions, attend) if first and states is None else states
         x: Tensor = self.embed(tokens) if below is None else below.to(self.norm.weight.dtype)
-        turn = self._turn(x, positions)
+        turn = self.turn(x, positions)
         for layer, block in enumerate(self.blocks[first:], start=first):
             ends = index if block is self.blocks[-1] else None  # nobody looks at the other places again
             if self.recompute:
@@ -149,12 +149,12 @@ class Blocks:
     ) -> Float[Tensor, "S D"]:
         """What comes into a block at each place of a stream, without gradients; out of the last at some places."""
         x = self.embed(tokens)
-        cos, sin = self._turn(x, positions)
+        cos, sin = self.turn(x, positions)
         half = sin.shape[-1] // 2
         for layer, block in enumerate(self.blocks[:block_number]):
             normal = _rms_norm(x, block.norm)
             query, key, value = (
-                _linear(part, normal).unflatten(-1, (-1, block.head_size)) for part in (block.q, block.k, block.v)
+                linear(part, normal).unflatten(-1, (-1, block.head_size)) for part in (block.q, block.k, block.v)
             )
             heads = query.shape[1]
             turned = torch.cat([query, key], 1)
@@ -163,12 +163,12 @@ class Blocks:
             seen = seen.transpose(0, 1).flatten(1)
             if index is not None and block is self.blocks[-1]:
                 x, seen = pick(x, index), pick(seen, index)
-            x = x.add_(_linear(block.o, seen))
+            x = x.add_(linear(block.o, seen))
             normal = _rms_norm(x, block.norm_again)
-            x.add_(_linear(block.down, F.silu(_linear(block.gate, normal)).mul_(_linear(block.up, normal))))
+            x.add_(linear(block.down, F.silu(linear(block.gate, normal)).mul_(linear(block.up, normal))))
         return x
 
-    def _turn(self, x: Float[Tensor, "T D"], positions: Int[Tensor, "T"]) -> tuple[Tensor, Tensor]:
+    def turn(self, x: Float[Tensor, "T D"], positions: Int[Tensor, "T"]) -> tuple[Tensor, Tensor]:
         """cos and sin [T 1 d] of the rotary embedding, the first half of sin negative."""
         cos, sin = (part[0, :, None] for part in self.rotary(x[None], positions[None]))
         half = sin.shape[-1] // 2
@@ -250,7 +250,7 @@ def _dense(module: nn.Module) -> Dense:
     return Dense(module.weight, None, None, 0.0)
 
 
-def _linear(module: nn.Module, x: Float[Tensor, "T K"]) -> Float[Tensor, "T N"]:
+def linear(module: nn.Module, x: Float[Tensor, "T K"]) -> Float[Tensor, "T N"]:
     """A layer without going through its module, where it is one of ours without a bias."""
     if type(module) is Linear and module.bias is None:
         return answer(x, module)

@@ -30,10 +30,11 @@ from .load import Model
 from .recorded import Recordings, records
 
 PREFILL_TOKENS = 2048
-COPY_FROM_PASSES = 32  # matrices are copied in as long as some 20 passes save
+MANY_PASSES = 32  # matrices are copied, and code is compiled, in as long as some 20 save
 HALVE_FROM_PASSES, HALVE_UP_TO_ROWS = 96, 4  # and halved in as long as some 50 save
 RECORD_FROM_PASSES = 16
 GPU_BATCH = 256
+MOST_SHARED = 8192  # keys of the prefix that a compiled pass looks at; PyTorch multiplies more of them faster
 CHEAP_TOKENS, MOST_GUESSES = 8, 3  # up to so many tokens a pass one more costs little; guesses a row
 
 
@@ -99,7 +100,8 @@ class Live:
 
     `route` hears before each forward pass which rows are in the stream, and how many of its tokens are each one's.
     `decode` is how drawn tokens attend, `multiply` the product with the output layer. Without `guesses`, every pass
-    draws one token a row. `recorded` passes, on a GPU, are without either and go through no `route`.
+    draws one token a row. `compiled` passes are those of decode.py, in place of `decode` but for a long prefix.
+    `recorded` passes, on a GPU, are without any of these and go through no `route`.
     """
 
     def __init__(
@@ -112,11 +114,13 @@ class Live:
         decode: Decoding = Decode,
         multiply: Multiply = wide_answer,
         guesses: bool = True,
+        compiled: bool = False,
         recorded: bool = False,
     ) -> None:
         self.model, self.route, self.decode, self.multiply = model, route, decode, multiply
         self.cache = Cache(slots, capacity)
         self.guesses = Guesses() if guesses and not recorded else None
+        self.compiled = compiled
         self.recordings = Recordings(model, self.cache) if recorded else None
         self.rows: list[Row] = []
         self.lengths: list[int] = []
@@ -174,6 +178,9 @@ class Live:
     def _logits(self, tokens: np.ndarray, slots: np.ndarray, places: np.ndarray) -> Tensor:
         if self.recordings:
             return self.recordings.logits(tokens, places, self.shared)
+        if self.compiled and len(tokens) * self.shared <= MOST_SHARED:
+            hidden = _decoded(self.model, self.cache, tokens, places + self.shared, slots, places)
+            return self.multiply(hidden, self.model.head).float()
         attend = self.decode(self.cache, *(torch.tensor(part, device=self.model.device) for part in (slots, places)))
         hidden = _forward(self.model, tokens, places + self.shared, attend)
         return self.multiply(hidden, self.model.head).float()
@@ -221,23 +228,26 @@ def sample(
     finished: list[Completion | None] = [None] * len(prompts)
     passes = how.max_new_tokens * math.ceil(len(prompts) / how.batch)
     # Of all memory and not of the free: a run that goes on must decide as before.
-    room_bytes = available_bytes(model.device) / 4 if passes >= COPY_FROM_PASSES and model.blocks else 0
+    room_bytes = available_bytes(model.device) / 4 if passes >= MANY_PASSES and model.blocks else 0
     halve = passes >= HALVE_FROM_PASSES and min(how.batch, len(prompts)) <= HALVE_UP_TO_ROWS
     with kept_twice(model.hf, room_bytes, halve=halve):
-        for row, stop in _answered(model, prompts, how):
+        for row, stop in _answered(model, prompts, how, compiled=passes >= MANY_PASSES and compiles(model)):
             finished[row.place] = _completion(row, stop, model)
             progress(len(prompts) - finished.count(None))
     return [completion for completion in finished if completion is not None]
 
 
-def _answered(model: Model, prompts: Sequence[np.ndarray], how: Sampling) -> Iterator[tuple[Row, Stop]]:
+def _answered(
+    model: Model, prompts: Sequence[np.ndarray], how: Sampling, *, compiled: bool
+) -> Iterator[tuple[Row, Stop]]:
     """Rows as they end, and why."""
     shared = _shared_prefix(prompts)
     longest = max((len(prompt) - shared for prompt in prompts), default=0)
     recorded = records(model) and how.max_new_tokens >= RECORD_FROM_PASSES
     slots = min(_slots(model, how, longest + how.max_new_tokens), len(prompts))
     capacity = longest + how.max_new_tokens
-    live = Live(model, slots, -(-capacity // 64) * 64 if recorded else capacity, recorded=recorded)
+    capacity = -(-capacity // 64) * 64 if recorded else capacity
+    live = Live(model, slots, capacity, compiled=compiled, recorded=recorded)
     if shared:
         live.share(prompts[0][:shared])
     waiting = [Row(prompt[shared:], how, place) for place, prompt in enumerate(prompts)]
@@ -266,6 +276,20 @@ def how_many(waiting: Sequence[Row], free: int) -> int:
     """How many of the first waiting rows to admit together: at least one, and no more tokens than PREFILL_TOKENS."""
     sizes = np.cumsum([len(row.prompt) for row in waiting[:free]])
     return max(1, int((sizes <= PREFILL_TOKENS).sum()))
+
+
+def compiles(model: Model) -> bool:
+    """Whether decode.py knows the model."""
+    return model.blocks is not None and model.device.type == "cpu" and model.blocks.norm.weight.dtype == torch.float32
+
+
+def _decoded(
+    model: Model, cache: Cache, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, places: np.ndarray
+) -> Tensor:
+    from .decode import decode  # here, as Numba takes half a second
+
+    assert model.blocks
+    return decode(model.blocks, cache, torch.as_tensor(tokens), torch.as_tensor(positions), slots, places)
 
 
 def _forward(model: Model, tokens: np.ndarray, positions: np.ndarray, attend: Attend) -> Tensor:

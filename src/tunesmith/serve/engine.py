@@ -25,7 +25,7 @@ from ..model.adapters import Adapter
 from ..model.few_rows import kept_twice, steady_answer
 from ..model.load import Model
 from ..model.many import Adapters
-from ..model.sample import Live, Row, how_many, stopped
+from ..model.sample import Live, Row, compiles, how_many, stopped
 from ..model.steady import SteadyDecode
 from ..types import Stop
 
@@ -212,6 +212,7 @@ class Engine:
             decode=SteadyDecode,
             multiply=steady_answer,
             guesses=False,
+            compiled=compiles(self.model),
         )
 
 
