@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +23,7 @@ def drawn(model: Model, lengths: Sequence[int], shared: int, *, compiled: bool, 
     """Rows whose prompts begin with the same `shared` tokens, ten greedy passes on."""
     tokens = np.random.default_rng(0).integers(3, 250, (len(lengths) + 1, 80))
     rows = [Row(tokens[n, :length], Sampling(max_new_tokens=40), n) for n, length in enumerate(lengths)]
-    live = Live(model, len(rows), 16, guesses=guesses, compiled=compiled)
+    live = Live(model, len(rows), 16, guesses=guesses, compiled_keys=math.inf if compiled else 0)
     if shared:
         live.share(tokens[-1, :shared])
     live.admit(rows)

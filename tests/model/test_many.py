@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,7 +61,12 @@ def answered(
 ) -> list[Row]:
     """All rows, as many side by side as there are slots."""
     route = {"route": adapters.route} if adapters else {}
-    steady = {"decode": SteadyDecode, "multiply": steady_answer, "guesses": False, "compiled": compiled}
+    steady = {
+        "decode": SteadyDecode,
+        "multiply": steady_answer,
+        "guesses": False,
+        "compiled_keys": math.inf if compiled else 0,
+    }
     live, waiting = Live(model, slots, 128, **route, **steady), list(rows)
     while waiting or live.rows:
         count = min(live.free, len(waiting))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,6 +69,15 @@ def test_what_fitted_before_is_refused_where_memory_is_short_now(
     entry.write_text('{"step_seconds": 1.0, "peak_bytes": 1e14}', encoding="utf-8")
     with pytest.raises(TrainingError, match="training needs about"):
         prediction(fresh_model, tiny_examples)
+
+
+def test_what_was_timed_long_ago_is_timed_anew(fresh_model: Model, tiny_examples: list[Example], cache: Path) -> None:
+    prediction(fresh_model, tiny_examples)
+    (entry,) = cache.iterdir()
+    week_ago = entry.stat().st_mtime - dry_run.KEPT_SECONDS
+    os.utime(entry, (week_ago, week_ago))
+    assert not prediction(fresh_model, tiny_examples).remembered
+    assert prediction(fresh_model, tiny_examples).remembered
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import numba
@@ -26,6 +25,7 @@ from .fused import RmsNorm
 
 F32 = np.float32
 Arrays = tuple[np.ndarray, np.ndarray]
+_HOW: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True, "error_model": "numpy"}
 
 
 @torch.no_grad()
@@ -71,16 +71,93 @@ def _normalised_sum(x: Float[Tensor, "N D"], late: Float[Tensor, "N D"], norm: R
     return out
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as machine code, made once on a machine. Sums may be added up in any order."""
-    how: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True, "error_model": "numpy"}
-    function = inspect.unwrap(function)  # from the checks of types in tests
-    with suppress(RuntimeError):  # there is no folder to keep the code in
-        return numba.njit(cache=True, **how)(function)
-    return numba.njit(**how)(function)
+def _part(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the compiled ones. Sums may be added up in any order."""
+    return numba.njit(**_HOW)(inspect.unwrap(function))  # from the checks of types in tests
 
 
-@_compiled
+def _compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Machine code, made now or found in Numba's cache, which lies where Python keeps its own."""
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return numba.njit(signature, cache=True, **_HOW)(inspect.unwrap(function))
+        except Exception:  # nowhere to keep it, or damaged there; what is wrong with the code itself shows again
+            return numba.njit(signature, **_HOW)(inspect.unwrap(function))
+
+    return compiled
+
+
+@_part
+def _turn(x, cos, sin, scale, out):  # type: ignore[no-untyped-def]
+    """Rotate a head by its position (Su et al. 2021, arXiv 2104.09864); the first half of `sin` is negative."""
+    half = len(x) // 2
+    for i in range(half):
+        out[i] = (x[i] * cos[i] + x[i + half] * sin[i]) * scale
+        out[i + half] = (x[i + half] * cos[i + half] + x[i] * sin[i + half]) * scale
+
+
+@_part
+def _dots(x, rows, count, out):  # type: ignore[no-untyped-def]
+    """out[t] = x . rows[t] for the first `count`; four at a time, as one after the other would wait for its sum."""
+    four = count // 4 * 4
+    for t in range(0, four, 4):
+        a = b = c = d = F32(0)
+        for i in range(len(x)):
+            a += x[i] * rows[t, i]
+            b += x[i] * rows[t + 1, i]
+            c += x[i] * rows[t + 2, i]
+            d += x[i] * rows[t + 3, i]
+        out[t], out[t + 1], out[t + 2], out[t + 3] = a, b, c, d
+    for t in range(four, count):
+        a = F32(0)
+        for i in range(len(x)):
+            a += x[i] * rows[t, i]
+        out[t] = a
+
+
+@_part
+def _add_weighted(weights, rows, count, out):  # type: ignore[no-untyped-def]
+    """out += sum of weights[t] rows[t] over the first `count`."""
+    four = count // 4 * 4
+    for t in range(0, four, 4):
+        a, b, c, d = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
+        for i in range(len(out)):
+            out[i] += a * rows[t, i] + b * rows[t + 1, i] + c * rows[t + 2, i] + d * rows[t + 3, i]
+    for t in range(four, count):
+        for i in range(len(out)):
+            out[i] += weights[t] * rows[t, i]
+
+
+@_part
+def _exponentials(logits):  # type: ignore[no-untyped-def]
+    """exp(logits - their maximum) in place, and the sum.
+
+    exp(x) = 2^n exp(r) with |r| <= ln(2) / 2 and a polynomial for exp(r), as this is done for many numbers at a time
+    and math.exp for one; 2^n is a float32 whose exponent bits are n + 127.
+    """
+    peak, mass = logits[0], F32(0)
+    for logit in logits:
+        peak = max(peak, logit)
+    bits = np.empty(len(logits), np.int32)
+    for t in range(len(logits)):
+        x = logits[t] - peak
+        if x < F32(-87):  # below the smallest float32
+            x = F32(-87)
+        n = np.floor(x * F32(1.44269504) + F32(0.5))
+        bits[t] = np.int32(np.int32(n) + np.int32(127)) << np.int32(23)
+        r = x - n * F32(0.693147181)
+        p = F32(1 / 720) * r + F32(1 / 120)
+        p = (((p * r + F32(1 / 24)) * r + F32(1 / 6)) * r + F32(0.5)) * r + F32(1)
+        logits[t] = p * r + F32(1)
+    powers = bits.view(np.float32)
+    for t in range(len(logits)):
+        logits[t] *= powers[t]
+        mass += logits[t]
+    return mass
+
+
+@_compiled("void(f4[:,::1], f4[:,::1], f4[::1], f4, f4[:,::1])")
 def _add_and_norm(x, late, weight, epsilon, out):  # type: ignore[no-untyped-def]
     rows, width = x.shape
     for n in range(rows):
@@ -93,7 +170,10 @@ def _add_and_norm(x, late, weight, epsilon, out):  # type: ignore[no-untyped-def
             out[n, i] = x[n, i] * root * weight[i]
 
 
-@_compiled
+@_compiled(
+    "void(UniTuple(f4[:,::1], 3), UniTuple(f4[:,::1], 2), UniTuple(f4[:,:,:,::1], 2), UniTuple(f4[:,:,::1], 2),"
+    "UniTuple(i8[::1], 2), f4, f4[:,::1])"
+)
 def _attend(fresh, turn, held, before, where, scaling, out):  # type: ignore[no-untyped-def]
     """File turned keys and values of all tokens, then let them attend to what their rows hold.
 
@@ -124,72 +204,3 @@ def _attend(fresh, turn, held, before, where, scaling, out):  # type: ignore[no-
             _add_weighted(weights[shared:], held[1][slots[n], g], own, seen)
             for i in range(size):
                 seen[i] /= mass
-
-
-@_compiled
-def _turn(x, cos, sin, scale, out):  # type: ignore[no-untyped-def]
-    """Rotate a head by its position (Su et al. 2021, arXiv 2104.09864); the first half of `sin` is negative."""
-    half = len(x) // 2
-    for i in range(half):
-        out[i] = (x[i] * cos[i] + x[i + half] * sin[i]) * scale
-        out[i + half] = (x[i + half] * cos[i + half] + x[i] * sin[i + half]) * scale
-
-
-@_compiled
-def _dots(x, rows, count, out):  # type: ignore[no-untyped-def]
-    """out[t] = x . rows[t] for the first `count`; four at a time, as one after the other would wait for its sum."""
-    four = count // 4 * 4
-    for t in range(0, four, 4):
-        a = b = c = d = F32(0)
-        for i in range(len(x)):
-            a += x[i] * rows[t, i]
-            b += x[i] * rows[t + 1, i]
-            c += x[i] * rows[t + 2, i]
-            d += x[i] * rows[t + 3, i]
-        out[t], out[t + 1], out[t + 2], out[t + 3] = a, b, c, d
-    for t in range(four, count):
-        a = F32(0)
-        for i in range(len(x)):
-            a += x[i] * rows[t, i]
-        out[t] = a
-
-
-@_compiled
-def _add_weighted(weights, rows, count, out):  # type: ignore[no-untyped-def]
-    """out += sum of weights[t] rows[t] over the first `count`."""
-    four = count // 4 * 4
-    for t in range(0, four, 4):
-        a, b, c, d = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
-        for i in range(len(out)):
-            out[i] += a * rows[t, i] + b * rows[t + 1, i] + c * rows[t + 2, i] + d * rows[t + 3, i]
-    for t in range(four, count):
-        for i in range(len(out)):
-            out[i] += weights[t] * rows[t, i]
-
-
-@_compiled
-def _exponentials(logits):  # type: ignore[no-untyped-def]
-    """exp(logits - their maximum) in place, and the sum.
-
-    exp(x) = 2^n exp(r) with |r| <= ln(2) / 2 and a polynomial for exp(r), as this is done for many numbers at a time
-    and math.exp for one; 2^n is a float32 whose exponent bits are n + 127.
-    """
-    peak, mass = logits[0], F32(0)
-    for logit in logits:
-        peak = max(peak, logit)
-    bits = np.empty(len(logits), np.int32)
-    for t in range(len(logits)):
-        x = logits[t] - peak
-        if x < F32(-87):  # below the smallest float32
-            x = F32(-87)
-        n = np.floor(x * F32(1.44269504) + F32(0.5))
-        bits[t] = np.int32(np.int32(n) + np.int32(127)) << np.int32(23)
-        r = x - n * F32(0.693147181)
-        p = F32(1 / 720) * r + F32(1 / 120)
-        p = (((p * r + F32(1 / 24)) * r + F32(1 / 6)) * r + F32(0.5)) * r + F32(1)
-        logits[t] = p * r + F32(1)
-    powers = bits.view(np.float32)
-    for t in range(len(logits)):
-        logits[t] *= powers[t]
-        mass += logits[t]
-    return mass

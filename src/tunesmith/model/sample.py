@@ -34,7 +34,7 @@ MANY_PASSES = 32  # matrices are copied, and code is compiled, in as long as som
 HALVE_FROM_PASSES, HALVE_UP_TO_ROWS = 96, 4  # and halved in as long as some 50 save
 RECORD_FROM_PASSES = 16
 GPU_BATCH = 256
-MOST_SHARED = 8192  # keys of the prefix that a compiled pass looks at; PyTorch multiplies more of them faster
+COMPILED_KEYS = 16_384  # over as many threads: with more to look at, PyTorch's passes are faster than compiled ones
 CHEAP_TOKENS, MOST_GUESSES = 8, 3  # up to so many tokens a pass one more costs little; guesses a row
 
 
@@ -100,7 +100,7 @@ class Live:
 
     `route` hears before each forward pass which rows are in the stream, and how many of its tokens are each one's.
     `decode` is how drawn tokens attend, `multiply` the product with the output layer. Without `guesses`, every pass
-    draws one token a row. `compiled` passes are those of decode.py, in place of `decode` but for a long prefix.
+    draws one token a row. Passes that look at up to `compiled_keys` are those of decode.py, in place of `decode`.
     `recorded` passes, on a GPU, are without any of these and go through no `route`.
     """
 
@@ -114,13 +114,13 @@ class Live:
         decode: Decoding = Decode,
         multiply: Multiply = wide_answer,
         guesses: bool = True,
-        compiled: bool = False,
+        compiled_keys: float = 0,
         recorded: bool = False,
     ) -> None:
         self.model, self.route, self.decode, self.multiply = model, route, decode, multiply
         self.cache = Cache(slots, capacity)
         self.guesses = Guesses() if guesses and not recorded else None
-        self.compiled = compiled
+        self.compiled_keys = compiled_keys
         self.recordings = Recordings(model, self.cache) if recorded else None
         self.rows: list[Row] = []
         self.lengths: list[int] = []
@@ -178,7 +178,7 @@ class Live:
     def _logits(self, tokens: np.ndarray, slots: np.ndarray, places: np.ndarray) -> Tensor:
         if self.recordings:
             return self.recordings.logits(tokens, places, self.shared)
-        if self.compiled and len(tokens) * self.shared <= MOST_SHARED:
+        if int(places.sum()) + len(tokens) * (self.shared + 1) <= self.compiled_keys:
             hidden = _decoded(self.model, self.cache, tokens, places + self.shared, slots, places)
             return self.multiply(hidden, self.model.head).float()
         attend = self.decode(self.cache, *(torch.tensor(part, device=self.model.device) for part in (slots, places)))
@@ -231,14 +231,15 @@ def sample(
     room_bytes = available_bytes(model.device) / 4 if passes >= MANY_PASSES and model.blocks else 0
     halve = passes >= HALVE_FROM_PASSES and min(how.batch, len(prompts)) <= HALVE_UP_TO_ROWS
     with kept_twice(model.hf, room_bytes, halve=halve):
-        for row, stop in _answered(model, prompts, how, compiled=passes >= MANY_PASSES and compiles(model)):
+        compiled_keys = COMPILED_KEYS / torch.get_num_threads() if passes >= MANY_PASSES and compiles(model) else 0
+        for row, stop in _answered(model, prompts, how, compiled_keys):
             finished[row.place] = _completion(row, stop, model)
             progress(len(prompts) - finished.count(None))
     return [completion for completion in finished if completion is not None]
 
 
 def _answered(
-    model: Model, prompts: Sequence[np.ndarray], how: Sampling, *, compiled: bool
+    model: Model, prompts: Sequence[np.ndarray], how: Sampling, compiled_keys: float
 ) -> Iterator[tuple[Row, Stop]]:
     """Rows as they end, and why."""
     shared = _shared_prefix(prompts)
@@ -247,7 +248,7 @@ def _answered(
     slots = min(_slots(model, how, longest + how.max_new_tokens), len(prompts))
     capacity = longest + how.max_new_tokens
     capacity = -(-capacity // 64) * 64 if recorded else capacity
-    live = Live(model, slots, capacity, compiled=compiled, recorded=recorded)
+    live = Live(model, slots, capacity, compiled_keys=compiled_keys, recorded=recorded)
     if shared:
         live.share(prompts[0][:shared])
     waiting = [Row(prompt[shared:], how, place) for place, prompt in enumerate(prompts)]

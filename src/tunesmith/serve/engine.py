@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
+import torch
+
 from ..errors import ModelError
 from ..memory import available_bytes
 from ..model.adapters import Adapter
@@ -31,6 +33,7 @@ from ..types import Stop
 
 T = TypeVar("T")
 FIRST_CAPACITY_TOKENS = 256  # of each slot; grows with what is asked
+FEW_THREADS = 4  # compiled passes use one: with more, long rows are better shared by PyTorch's
 
 
 class BusyError(Exception):
@@ -212,7 +215,7 @@ class Engine:
             decode=SteadyDecode,
             multiply=steady_answer,
             guesses=False,
-            compiled=compiles(self.model),
+            compiled_keys=math.inf if compiles(self.model) and torch.get_num_threads() <= FEW_THREADS else 0,
         )
 
 

@@ -1,7 +1,7 @@
 """Forward and backward passes of a few micro-batches before the first step, weights untouched: seconds and memory.
 
-What took long is kept in the cache under a hash of all that it depends on, so that a run after `tunesmith plan`, or
-the next one with another learning rate, begins at once.
+What took long is kept in the cache for some days under a hash of all that it depends on, so that the next run over the
+same rows, with another learning rate, begins at once. Not on a GPU, where the first passes compile kernels anyway.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .meter import machine, memory_bytes, own_bytes, peak_memory_bytes, reset_pe
 
 TIMED_STEPS, SEARCHED_STEPS = 4, 64
 ENOUGH_SECONDS = 3.0  # after which no further micro-batch is timed
-WORTH_KEEPING_SECONDS = 2.0
+WORTH_KEEPING_SECONDS, KEPT_SECONDS = 2.0, 7 * 86_400  # a machine is not as busy for ever as it was then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +46,12 @@ class DryRun:
 
 def look_at(source: StepSource) -> tuple[Batch, list[Any]]:
     """The heaviest micro-batch of steps spread over the run, and how each is laid out."""
-    batches = [one for step in _spread(source.steps, SEARCHED_STEPS) for one in source(step)]
-    shapes = [[one.layout.lengths, one.layout.parents, len(one.index), sorted(one.extra)] for one in batches]
-    return max(batches, key=lambda one: len(one.tokens)), shapes
+    heaviest, shapes = None, []
+    for one in (one for step in _spread(source.steps, SEARCHED_STEPS) for one in source(step)):
+        shapes.append([one.layout.lengths, one.layout.parents, len(one.index), sorted(one.extra)])
+        heaviest = one if heaviest is None or len(one.tokens) > len(heaviest.tokens) else heaviest
+    assert heaviest
+    return heaviest, shapes
 
 
 def dry_run(
@@ -59,9 +62,15 @@ def dry_run(
     `spared` is the share of passes through frozen lower blocks that kept states save (economy). Raises TrainingError
     where a GPU's memory is too small for the heaviest micro-batch.
     """
-    place = cache_folder() / "dry_runs" / f"{_name(model, source, loss, shapes, spared)}.json"
-    with suppress(FolderError, TypeError):  # none yet, or not one of ours
-        return DryRun(**read_json(place), remembered=True)
+    try:
+        place = cache_folder() / "dry_runs" / f"{_name(model, source, loss, shapes, spared)}.json"
+    except (FolderError, RuntimeError):  # no home, or code without its sources
+        place = None
+    if place is None or model.device.type == "cuda":
+        return _timed(model, source, loss, heaviest, spared)
+    with suppress(OSError, FolderError, TypeError):  # none yet, or not one of ours
+        if time.time() - place.stat().st_mtime < KEPT_SECONDS:
+            return DryRun(**read_json(place), remembered=True)
     began = time.monotonic()
     found = _timed(model, source, loss, heaviest, spared)
     if time.monotonic() - began > WORTH_KEEPING_SECONDS:
