@@ -125,6 +125,8 @@ class Live:
         self.rows: list[Row] = []
         self.lengths: list[int] = []
         self.shared = 0
+        if compiled_keys:
+            _compiled_pass()
 
     @property
     def free(self) -> int:
@@ -178,8 +180,9 @@ class Live:
     def _logits(self, tokens: np.ndarray, slots: np.ndarray, places: np.ndarray) -> Tensor:
         if self.recordings:
             return self.recordings.logits(tokens, places, self.shared)
-        if int(places.sum()) + len(tokens) * (self.shared + 1) <= self.compiled_keys:
-            hidden = _decoded(self.model, self.cache, tokens, places + self.shared, slots, places)
+        if int(places.sum()) + len(tokens) * (self.shared + 1) <= self.compiled_keys and self.model.blocks:
+            where = (torch.as_tensor(tokens), torch.as_tensor(places + self.shared), slots, places)
+            hidden = _compiled_pass()(self.model.blocks, self.cache, *where)
             return self.multiply(hidden, self.model.head).float()
         attend = self.decode(self.cache, *(torch.tensor(part, device=self.model.device) for part in (slots, places)))
         hidden = _forward(self.model, tokens, places + self.shared, attend)
@@ -284,13 +287,10 @@ def compiles(model: Model) -> bool:
     return model.blocks is not None and model.device.type == "cpu" and model.blocks.norm.weight.dtype == torch.float32
 
 
-def _decoded(
-    model: Model, cache: Cache, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, places: np.ndarray
-) -> Tensor:
-    from .decode import decode  # here, as Numba takes half a second
+def _compiled_pass() -> Callable[..., Tensor]:
+    from .decode import decode  # when it is wanted: Numba takes 0.3 s, and some seconds the first time on a machine
 
-    assert model.blocks
-    return decode(model.blocks, cache, torch.as_tensor(tokens), torch.as_tensor(positions), slots, places)
+    return decode
 
 
 def _forward(model: Model, tokens: np.ndarray, positions: np.ndarray, attend: Attend) -> Tensor:
