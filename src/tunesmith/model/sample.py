@@ -100,7 +100,7 @@ class Live:
 
     `route` hears before each forward pass which rows are in the stream, and how many of its tokens are each one's.
     `decode` is how drawn tokens attend, `multiply` the product with the output layer. Without `guesses`, every pass
-    draws one token a row. Passes that look at up to `compiled_keys` are those of decode.py, in place of `decode`.
+    draws one token a row. Passes that look at up to `compiled_keys` are those of compiled.py, in place of `decode`.
     `recorded` passes, on a GPU, are without any of these and go through no `route`.
     """
 
@@ -126,7 +126,7 @@ class Live:
         self.lengths: list[int] = []
         self.shared = 0
         if compiled_keys:
-            _compiled_pass()
+            _compiled()
 
     @property
     def free(self) -> int:
@@ -182,7 +182,7 @@ class Live:
             return self.recordings.logits(tokens, places, self.shared)
         if int(places.sum()) + len(tokens) * (self.shared + 1) <= self.compiled_keys and self.model.blocks:
             where = (torch.as_tensor(tokens), torch.as_tensor(places + self.shared), slots, places)
-            hidden = _compiled_pass()(self.model.blocks, self.cache, *where)
+            hidden = _compiled()(self.model.blocks, self.cache, *where)
             return self.multiply(hidden, self.model.head).float()
         attend = self.decode(self.cache, *(torch.tensor(part, device=self.model.device) for part in (slots, places)))
         hidden = _forward(self.model, tokens, places + self.shared, attend)
@@ -248,8 +248,8 @@ def _answered(
     shared = _shared_prefix(prompts)
     longest = max((len(prompt) - shared for prompt in prompts), default=0)
     recorded = records(model) and how.max_new_tokens >= RECORD_FROM_PASSES
-    slots = min(_slots(model, how, longest + how.max_new_tokens), len(prompts))
     capacity = longest + how.max_new_tokens
+    slots = min(_slots(model, how, capacity), len(prompts))
     capacity = -(-capacity // 64) * 64 if recorded else capacity
     live = Live(model, slots, capacity, compiled_keys=compiled_keys, recorded=recorded)
     if shared:
@@ -283,14 +283,14 @@ def how_many(waiting: Sequence[Row], free: int) -> int:
 
 
 def compiles(model: Model) -> bool:
-    """Whether decode.py knows the model."""
+    """Whether compiled.py knows the model."""
     return model.blocks is not None and model.device.type == "cpu" and model.blocks.norm.weight.dtype == torch.float32
 
 
-def _compiled_pass() -> Callable[..., Tensor]:
-    from .decode import decode  # when it is wanted: Numba takes 0.3 s, and some seconds the first time on a machine
+def _compiled() -> Callable[..., Tensor]:
+    from .compiled import compiled_pass  # only now: Numba takes 0.3 s, and some the first time
 
-    return decode
+    return compiled_pass
 
 
 def _forward(model: Model, tokens: np.ndarray, positions: np.ndarray, attend: Attend) -> Tensor:

@@ -65,7 +65,7 @@ def forecast(recipe: Recipe, world: World, screen: Screen) -> None:
         cost = predict(model, source, CrossEntropy(), update, source.row_tokens(), settings.batch, far)
         screen.derived(settings.derived)
         memory = f"{cost.peak_memory_bytes / 1e9:.1f} GB at the peak"
-        screen.line(f"{source.steps} steps: about {cost.seconds:.0f} s, {memory}, {cost.flops:.2g} FLOPs")
+        screen.line(f"{source.steps} steps: about {cost.seconds:.0f} s, {memory}, {cost.flops:.2g} FLOPs{cost.source}")
         if keeps_states(source, model):
             screen.line(KeptStates(source, model, Path()).told)
     screen.stage("Evidence")

@@ -214,7 +214,7 @@ def _planned(
         answers = source.plan.prompts * source.plan.group
         place.screen.line(
             f"plan: {source.plan.rollouts} rollouts of {answers} answers, {source.steps} steps, "
-            f"about {found.seconds:.0f} s, {found.peak_memory_bytes / 1e9:.1f} GB at the peak"
+            f"about {found.seconds:.0f} s, {found.peak_memory_bytes / 1e9:.1f} GB at the peak{found.source}"
         )
         return found
 

@@ -177,7 +177,7 @@ def planned(
     screen.line(
         f"plan: {source.steps} steps, about {prediction.seconds:.0f} s, "
         f"{prediction.peak_memory_bytes / 1e9:.1f} GB at the peak, {prediction.flops:.2g} FLOPs"
-        f"{', as timed before' if prediction.remembered else ''}"
+        f"{prediction.source}"
     )
     return prediction
 

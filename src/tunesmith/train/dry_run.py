@@ -62,11 +62,11 @@ def dry_run(
     `spared` is the share of passes through frozen lower blocks that kept states save (economy). Raises TrainingError
     where a GPU's memory is too small for the heaviest micro-batch.
     """
+    if model.device.type == "cuda":
+        return _timed(model, source, loss, heaviest, spared)
     try:
         place = cache_folder() / "dry_runs" / f"{_name(model, source, loss, shapes, spared)}.json"
-    except (FolderError, RuntimeError):  # no home, or code without its sources
-        place = None
-    if place is None or model.device.type == "cuda":
+    except (FolderError, RuntimeError):  # code without its sources, or no home
         return _timed(model, source, loss, heaviest, spared)
     with suppress(OSError, FolderError, TypeError):  # none yet, or not one of ours
         if time.time() - place.stat().st_mtime < KEPT_SECONDS:

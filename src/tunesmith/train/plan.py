@@ -60,6 +60,11 @@ class Prediction:
     flops: float
     remembered: bool = False
 
+    @property
+    def source(self) -> str:
+        """What a sentence about it ends with, where the numbers are not of now."""
+        return ", as timed before" if self.remembered else ""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:

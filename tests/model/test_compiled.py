@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.model import decode
+from tunesmith.model import compiled
 from tunesmith.model.load import Model
 from tunesmith.model.lora import LoraShape, attach_lora, lora_layers
 from tunesmith.model.sample import Live, Row, Sampling, compiles, sample
@@ -56,8 +56,8 @@ def test_adapters_are_in_a_compiled_pass(fresh_model: Model) -> None:
 
 def test_many_passes_are_compiled_and_few_are_not(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    whole = decode.decode
-    monkeypatch.setattr(decode, "decode", lambda *args: (seen.append(len(args[2])), whole(*args))[1])
+    whole = compiled.compiled_pass
+    monkeypatch.setattr(compiled, "compiled_pass", lambda *args: (seen.append(len(args[2])), whole(*args))[1])
     assert compiles(tiny_model)
     for passes in (4, 40):
         sample(tiny_model, [np.array([5, 6, 7])], Sampling(max_new_tokens=passes))
@@ -100,7 +100,7 @@ def test_attention_is_that_of_float64(
     straight = (np.ones((rows, size), F32), np.zeros((rows, size), F32))
     wanted = attended(q, k, v, held, before, slots, places, 0.3)
     out = np.empty_like(q)
-    decode._attend(
+    compiled._attend(
         (q, k, v), straight, (held[0], held[1]), (before[0], before[1]), (slots, places), F32(0.3), out
     )  # fmt: skip
     np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=3e-5)
@@ -116,12 +116,12 @@ def test_tokens_of_one_row_see_those_before_them_in_the_pass(tiny_model: Model) 
     places = np.array([2, 3, 4])
     together, alone = np.empty_like(q), np.empty_like(q)
     held = (at_once[:1], at_once[1:])
-    decode._attend((q, k, v), turn, held, none, (np.zeros(3, np.int64), places), F32(1), together)
+    compiled._attend((q, k, v), turn, held, none, (np.zeros(3, np.int64), places), F32(1), together)
     held = (one_by_one[:1], one_by_one[1:])
     for n in range(3):
         part = slice(n, n + 1)
         where = (np.zeros(1, np.int64), places[part])
-        decode._attend(
+        compiled._attend(
             (q[part], k[part], v[part]), (turn[0][part], turn[1][part]), held, none, where, F32(1), alone[part]
         )
     np.testing.assert_array_equal(together, alone)
@@ -132,14 +132,14 @@ def test_exponentials_are_right_to_the_last_bits(numbers: list[float]) -> None:
     logits = np.array(numbers, F32)
     wanted = np.exp(logits.astype(np.float64) - logits.max())
     found = logits.copy()
-    mass = decode._exponentials(found)
+    mass = compiled._exponentials(found)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-30)
     assert mass == pytest.approx(wanted.sum(), rel=1e-5)
 
 
 def test_what_is_no_number_stays_seen() -> None:
     logits = np.array([0, np.nan, 1], F32)
-    assert np.isnan(decode._exponentials(logits))
+    assert np.isnan(compiled._exponentials(logits))
 
 
 @given(rows=st.integers(1, 4), width=st.integers(1, 40), seed=st.integers(0, 99))
@@ -148,7 +148,7 @@ def test_the_norm_of_a_sum_is_that_of_float64(rows: int, width: int, seed: int) 
     x, late, out = draw.normal(size=(3, rows, width)).astype(F32)
     weight = draw.normal(size=width).astype(F32)
     wide = x.astype(np.float64) + late
-    decode._add_and_norm(x, late, weight, F32(1e-5), out)
+    compiled._add_and_norm(x, late, weight, F32(1e-5), out)
     np.testing.assert_allclose(x, wide, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(
         out, wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * weight, rtol=1e-4, atol=1e-5

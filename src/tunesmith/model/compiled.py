@@ -29,7 +29,7 @@ _HOW: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nog
 
 
 @torch.no_grad()
-def decode(
+def compiled_pass(
     blocks: Blocks,
     cache: Cache,
     tokens: Int[Tensor, "N"],
