@@ -33,6 +33,7 @@ from tunesmith.recipe import DataSpec
 from tunesmith.types import Comparison, Conversation, LedgerEntry, Message, Row
 
 SPEC = DataSpec(train="rows.jsonl", valid=0.1, test=0.1)
+ROLES = ("user", "assistant", "user", "assistant")
 LONG = " ".join(f"word{number}" for number in range(60))
 
 
@@ -79,11 +80,14 @@ def test_conflicting_completions_are_dropped_or_flagged(conflicts: str, action: 
     assert told(ledger) == [("train.jsonl:2", action, CONFLICT, "train.jsonl:1 answers the same prompt differently")]
 
 
-def test_near_duplicates_are_dropped_from_train_only() -> None:
+def test_of_near_duplicates_each_split_keeps_the_first() -> None:
     twins = [(LONG, "1"), (LONG + " more", "1")]
     kept, ledger = curate(splits(twins, test=[(pair[0][::-1], "1") for pair in twins]), SPEC)
-    assert len(kept.test) == 2
-    assert told(ledger) == [("train.jsonl:2", "dropped", NEAR_DUPLICATE, "nearly train.jsonl:1")]
+    assert [row.source for row in kept.test] == ["test.jsonl:1"]
+    assert told(ledger) == [
+        ("test.jsonl:2", "dropped", NEAR_DUPLICATE, "nearly test.jsonl:1"),
+        ("train.jsonl:2", "dropped", NEAR_DUPLICATE, "nearly train.jsonl:1"),
+    ]
     kept, ledger = curate(splits(twins), SPEC.model_copy(update={"near_duplicates": 1.0}))
     assert (len(kept.train), ledger) == (2, [])
 
@@ -105,6 +109,20 @@ def test_held_out_rows_that_leaked_are_dropped_from_train_and_named() -> None:
         ("train.jsonl:5", CONFLICT, "train.jsonl:1 answers the same prompt differently"),
         ("valid.jsonl:2", LEAKAGE, "same row as held-out test.jsonl:1"),
     }
+
+
+def test_a_held_out_question_that_a_training_conversation_goes_through_is_dropped_and_named() -> None:
+    turns = [
+        Message(role=role, content=text) for role, text in zip(ROLES, ("Where?", "Here.", "When?", "Now."), strict=True)
+    ]
+    chat = Conversation(messages=tuple(turns), id="chat", source="train.jsonl:1")
+    asked = plain_row("where", "Here.", "test.jsonl:1")
+    later = plain_row("When?", "Now.", "test.jsonl:2")  # asked after nothing, it is another question
+    kept, ledger = curate(Splits(train=(chat,), valid=(), test=(asked, later)), SPEC)
+    assert [row.source for row in kept.test] == ["test.jsonl:2"]
+    assert len(kept.train) == 1
+    detail = "an earlier turn of the training row train.jsonl:1 asks the same"
+    assert told(ledger) == [("test.jsonl:1", "dropped", LEAKAGE, detail)]
 
 
 def test_every_row_is_kept_or_dropped_exactly_once() -> None:
@@ -308,7 +326,7 @@ def test_the_census_adds_up() -> None:
     assert found.total.read - sum(found.total.dropped.values()) == found.total.kept
 
 
-def test_splits_and_ledger_are_those_of_the_first_version() -> None:
+def test_splits_are_those_of_the_first_version() -> None:
     # A later version that moves rows between splits would judge old models on rows that they were trained on.
     draw = random.Random(0)
     words = [f"w{number}" for number in range(300)]
@@ -321,7 +339,11 @@ def test_splits_and_ledger_are_those_of_the_first_version() -> None:
         pairs.append((prompt, completion))
     whole = split([plain_row(*pair, f"rows.jsonl:{line}") for line, pair in enumerate(pairs, start=1)], SPEC)
     kept, ledger = curate(whole, SPEC)
-    lines = [f"{name} {row.source}" for found in (whole, kept) for name in SPLITS for row in getattr(found, name)]
+    assert digest_of(whole, []) == "b9e7d2cb4521c500"
+    assert digest_of(kept, ledger) == "8561ceac0284a936"
+
+
+def digest_of(found: Splits, ledger: Sequence[LedgerEntry]) -> str:
+    lines = [f"{name} {row.source}" for name in SPLITS for row in getattr(found, name)]
     lines += [f"{entry.source} {entry.action} {entry.reason} {entry.detail}" for entry in ledger]
-    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    assert digest == "bde7b9e7c262807745327abaf47154aebaf509ae2c81147fe4ec2d5811d4a5d8"
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

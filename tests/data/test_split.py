@@ -22,6 +22,7 @@ from tunesmith.recipe import DataSpec
 from tunesmith.types import Comparison, Conversation, Message, Row
 
 SPEC = DataSpec(train="rows.jsonl", valid=0.2, test=0.2)
+TURN = ("user", "assistant")
 WORDS = [f"w{number}" for number in range(200)]
 
 
@@ -130,6 +131,33 @@ def test_near_duplicates_stay_together_and_follow_the_first() -> None:
     alone, together = place(split(originals, SPEC)), place(split(originals + copies, SPEC))
     for original, copy in zip(originals, copies, strict=True):
         assert together[original.id] == together[copy.id] == alone[original.id]
+
+
+def test_prompts_that_differ_in_case_and_punctuation_stay_together() -> None:
+    rows = [row(text, text) for n in range(60) for text in (f"question number {n}", f"Question  NUMBER {n}!")]
+    of_row = place(split(rows, SPEC))
+    assert all(of_row[one.id] == of_row[other.id] for one, other in zip(rows[::2], rows[1::2], strict=True))
+
+
+def test_a_conversation_logged_turn_by_turn_stays_in_one_split() -> None:
+    def logged(number: int, turns: int) -> Conversation:
+        said = [Message(role=role, content=f"{role} {number} {turn}") for turn in range(turns) for role in TURN]
+        return Conversation(messages=tuple(said), id=f"{number}/{turns}", source=f"{number}/{turns}")
+
+    kept = split([logged(number, turns) for number in range(60) for turns in (1, 2, 3)], SPEC)
+    of_row = place(kept)
+    assert len(kept.test) > 5
+    assert all(len({of_row[f"{number}/{turns}"] for turns in (1, 2, 3)}) == 1 for number in range(60))
+
+
+def test_conversations_that_begin_as_most_do_are_not_joined() -> None:
+    def begun(number: int) -> Conversation:
+        texts = ("Hi", "Hello, how can I help?", f"question {number}", f"answer {number}")
+        turns = tuple(Message(role=role, content=text) for role, text in zip(TURN * 2, texts, strict=True))
+        return Conversation(messages=turns, id=str(number), source=str(number))
+
+    rows = [row("Hi", "Hello, how can I help?"), *map(begun, range(60))]
+    assert len(set(clusters(rows, 1.0))) == 61
 
 
 def test_clusters_are_transitive_and_led_by_their_first_row() -> None:

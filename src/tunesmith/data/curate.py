@@ -1,8 +1,9 @@
 """Which rows are kept, and a ledger entry for every one that is not.
 
 Dropped: empty rows, comparisons of an answer with itself, exact and near-duplicates, contradictions, held-out rows that
-leaked into train. Flagged, and kept: raters who disagree, what looks like a secret or personal data. Rows that are too
-long need a tokenizer to be known; `drop_overlong` takes their lengths from the caller.
+leaked into train, held-out questions that a training conversation goes through. Of near-duplicates one stays in each
+split, so that every row tested is another observation. Flagged, and kept: raters who disagree, what looks like a secret
+or personal data. Rows that are too long need a tokenizer to be known; `drop_overlong` takes their lengths.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..types import Action, Comparison, LedgerEntry, Message, Row
 from .layout import content_id, is_prompt_only
 from .privacy import personal_data, secrets
 from .similar import near_pairs
-from .split import Splits, Unit, content_key, prompt_key, shared_keys
+from .split import Splits, Unit, content_key, earlier_question_keys, prompt_key, question_key, shared_keys
 from .store import Places, Stored, View, join, some, stored_ledger
 
 R = TypeVar("R", bound=Row)
@@ -83,9 +84,10 @@ def curate(splits: Splits, spec: DataSpec) -> tuple[Splits, Stored[LedgerEntry]]
     test = _distinct(splits.test, spec, ledger)
     valid = _distinct(splits.valid, spec, ledger)
     train = _distinct(splits.train, spec, ledger)
+    test, valid = _unheard(test, train, ledger), _unheard(valid, train, ledger)
     valid = _unleaked(valid, test, splits.unit, ledger)
     train = _unleaked(train, join(test, valid), splits.unit, ledger)
-    train, valid = _unlike(train, valid, test, spec, ledger)
+    train, valid, test = _unlike(train, valid, test, spec, ledger)
     kept = {"train": train, "valid": valid, "test": test}
     for name in SPLITS:
         before: Sequence[Row] = getattr(splits, name)
@@ -212,10 +214,25 @@ def _unleaked(rows: View[Row], held_out: Sequence[Row], unit: Unit, ledger: Stor
     return rows.only(kept)
 
 
+def _unheard(rows: View[Row], train: Sequence[Row], ledger: Stored[LedgerEntry]) -> View[Row]:
+    """Held-out rows whose question is no earlier turn of a training conversation, where its answer is trained."""
+    heard, kept = Places(), array("q")
+    for place, row in enumerate(train):
+        for key in earlier_question_keys(row):
+            heard[key] = place
+    for place, row in enumerate(rows):
+        at = heard[question_key(row)]
+        if at < 0:
+            kept.append(place)
+        else:
+            ledger.append(_entry(row, LEAKAGE, f"an earlier turn of the training row {train[at].source} asks the same"))
+    return rows.only(kept)
+
+
 def _unlike(
     train: View[Row], valid: View[Row], test: View[Row], spec: DataSpec, ledger: Stored[LedgerEntry]
-) -> tuple[View[Row], View[Row]]:
-    """Train without near-duplicates of held-out or earlier rows, and valid without near-duplicates of test."""
+) -> tuple[View[Row], View[Row], View[Row]]:
+    """Each split without near-duplicates of its own earlier rows, train also of held-out rows, valid also of test."""
     rows = join(test, valid, train)
     of_split = np.repeat([2, 1, 0], [len(test), len(valid), len(train)])
     dropped = np.zeros(len(rows), bool)
@@ -223,8 +240,7 @@ def _unlike(
     pairs = pairs[np.lexsort((pairs["earlier"], pairs["later"]))]
     for earlier, later in zip(map(int, pairs["earlier"]), map(int, pairs["later"]), strict=True):
         inside = of_split[earlier] == of_split[later]
-        # Test and validation keep their near-duplicates: they are the questions that people ask.
-        if dropped[later] or (inside and (dropped[earlier] or of_split[later] != 0)):
+        if dropped[later] or (inside and dropped[earlier]):
             continue
         # Two people's equal judgements are two observations.
         if inside and _rater(rows[earlier]) != _rater(rows[later]):
@@ -233,8 +249,9 @@ def _unlike(
         where = rows[earlier].source
         reason, detail = (NEAR_DUPLICATE, f"nearly {where}") if inside else (LEAKAGE, f"nearly held-out {where}")
         ledger.append(_entry(rows[later], reason, detail))
-    of_train, of_valid = ~dropped[len(test) + len(valid) :], ~dropped[len(test) : len(test) + len(valid)]
-    return train.only(np.flatnonzero(of_train)), valid.only(np.flatnonzero(of_valid))
+    kept = np.split(~dropped, [len(test), len(test) + len(valid)])
+    test, valid, train = (part.only(np.flatnonzero(k)) for part, k in zip((test, valid, train), kept, strict=True))
+    return train, valid, test
 
 
 def _flags(rows: Iterable[Row]) -> Iterator[LedgerEntry]:

@@ -86,6 +86,11 @@ def near_pairs(rows: Sequence[Row], threshold: float) -> Iterator[tuple[int, int
             yield earlier, later
 
 
+def folded(text: str) -> str:
+    """A text without case and punctuation; as it stands, but for spaces at its ends, where it has no words."""
+    return " ".join(_WORD.findall(text.casefold())) or text.strip()
+
+
 def row_texts(row: Row) -> tuple[str, str, str]:
     """The sides that are judged apart: what a row asks, what it answers, and the rejected answer of a comparison."""
     asked = "\n".join(_spoken(message) for message in row.prompt)

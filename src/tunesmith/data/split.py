@@ -1,26 +1,28 @@
 """Train, validation and test rows, chosen by what a row says and never by where it stands.
 
 A row's place depends on its prompt and `data.seed` alone, so adding rows moves none of the old ones, and two machines
-agree. Rows with one prompt stay together, and near-duplicates follow the first of them in the file, so that the test
-set asks nothing that was trained. Where a few prompts have many answers, the answers take the prompts' part.
+agree. Rows with one prompt stay together, case and punctuation apart; near-duplicates follow the first of them in the
+file, and so do the turns of one conversation, so that the test set asks nothing that was trained. Where a few prompts
+have many answers, the answers take the prompts' part.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 from typing import Literal
 
 import numpy as np
 
 from ..errors import DataError, RecipeError
 from ..recipe import DataSpec
-from ..types import Comparison, Row
+from ..types import Comparison, Message, Row
 from .layout import content_id
 from .read import read
-from .similar import near_pairs
+from .similar import folded, near_pairs
 from .store import Places, View, some, stored_rows
 
 Unit = Literal["prompt", "answer"]
@@ -28,6 +30,8 @@ Unit = Literal["prompt", "answer"]
 # With fewer prompts than this expected in a split, chance would leave it empty or with a few prompts' quirks.
 _FEWEST_PROMPTS = 5
 _USUAL_FRACTION = 0.1
+# A question that more conversations than this go through is how people begin to talk ("Hi"), and joins none of them.
+_MOST_LATER_ROWS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +106,8 @@ def unit_of(rows: Sequence[Row], spec: DataSpec) -> Unit:
 def clusters(rows: Sequence[Row], threshold: float, unit: Unit = "prompt") -> Sequence[int]:
     """For each row the position of its cluster's first row.
 
-    Rows that share a prompt (`unit` answer: the text of an answer) and near-duplicates share a cluster.
+    Rows that share a prompt (`unit` answer: the text of an answer), near-duplicates and the rows of a conversation that
+    was logged turn by turn share a cluster.
     """
     parent = array("q", range(len(rows)))
 
@@ -120,7 +125,7 @@ def clusters(rows: Sequence[Row], threshold: float, unit: Unit = "prompt") -> Se
     for index, row in enumerate(rows):
         for key in shared_keys(row, unit):
             join(first_of.setdefault(key, index), index)
-    for earlier, later in near_pairs(rows, threshold):
+    for earlier, later in chain(_continued(rows), near_pairs(rows, threshold)):
         join(earlier, later)
     return array("q", map(root, range(len(rows))))
 
@@ -131,10 +136,22 @@ def prompt_key(row: Row) -> str:
     return content_id("prompt", asked) if any(text for _, text in asked) else row.id
 
 
+def question_key(row: Row) -> str:
+    """A hash of what is asked, case and punctuation apart; of a row without a prompt, its id."""
+    return _asked(row.prompt) or row.id
+
+
+def earlier_question_keys(row: Row) -> Iterator[str]:
+    """The `question_key` of each answer that a conversation trains before its last one."""
+    if not isinstance(row, Comparison):
+        answers = (place for place, message in enumerate(row.messages[:-1]) if message.role == "assistant")
+        yield from filter(None, (_asked(row.messages[:place]) for place in answers))
+
+
 def shared_keys(row: Row, unit: Unit) -> tuple[str, ...]:
     """Hashes of what a row may share with no row of another split: its prompt, or each of its answers."""
     if unit == "prompt":
-        return (prompt_key(row),)
+        return (question_key(row),)
     answers = (row.chosen, row.rejected) if isinstance(row, Comparison) else row.messages[-1:]
     said = [(answer.content.strip(), answer.tool_calls) for answer in answers]
     return tuple(content_id("answer", text, list(calls)) for text, calls in said if text or calls) or (row.id,)
@@ -142,7 +159,7 @@ def shared_keys(row: Row, unit: Unit) -> tuple[str, ...]:
 
 def content_key(row: Row, unit: Unit) -> str:
     """A hash of all that `unit` names in a row, the same whichever answer was chosen: it decides the row's place."""
-    keys = shared_keys(row, unit)
+    keys = (prompt_key(row),) if unit == "prompt" else shared_keys(row, unit)
     return keys[0] if len(keys) == 1 else content_id(*sorted(keys))
 
 
@@ -155,6 +172,25 @@ def in_order(rows: Sequence[Row], seed: int) -> View[Row]:
     """Rows sorted by a hash of their content and `seed`; equal rows keep the order they came in."""
     keys = np.fromiter((uniform(f"order:{row.id}", seed) for row in rows), np.float64, len(rows))
     return some(rows, np.argsort(keys, kind="stable"))
+
+
+def _asked(turns: Sequence[Message]) -> str:
+    asked = [[message.role, folded(message.content)] for message in turns]
+    return content_id("question", asked) if any(text for _, text in asked) else ""
+
+
+def _continued(rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
+    """Pairs of positions: a row, and another whose conversation went through what the first one asks."""
+    asked, heard, by = Places(), array("q"), array("q")
+    for place, row in enumerate(rows):
+        asked.setdefault(question_key(row), place)
+    for place, row in enumerate(rows):
+        for key in earlier_question_keys(row):
+            if asked[key] >= 0:
+                heard.append(asked[key])
+                by.append(place)
+    times = np.bincount(np.array(heard, np.int64), minlength=1)
+    yield from ((at, place) for at, place in zip(heard, by, strict=True) if times[at] <= _MOST_LATER_ROWS)
 
 
 def _check_size(rows: Sequence[Row], name: str, fraction: float, count: int) -> None:
