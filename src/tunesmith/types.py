@@ -19,6 +19,9 @@ Action = Literal["dropped", "cut", "flagged"]
 Decision = Literal["ship", "do not ship", "not shown"]
 Sameness = Literal["equivalent", "at least as good", "worse", "not shown"]
 
+UNENDED = "unended"  # the score that is 1 where the limit of tokens ended an answer
+FEWEST_ROWS = 10  # of a verdict: below 6 the exact test cannot reach p < 0.05, and a handful is no sample of anything
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from tunesmith.evaluate.stats import decide_equivalence, equivalence
-from tunesmith.types import Equivalence, Estimate, Measurement
+from tunesmith.evaluate.stats import equivalence
+from tunesmith.evaluate.verdict import decide_equivalence
+from tunesmith.types import Contrast, Equivalence, Estimate, Measurement
 
 N = 300
 
@@ -29,6 +30,11 @@ def measurement(arm: str, scores: np.ndarray, metric: str) -> Measurement:
 
 def compare(student: np.ndarray, teacher: np.ndarray, margin: float, metric: str = "exact_match") -> Equivalence:
     return equivalence(measurement("lora", student, metric), measurement("teacher", teacher, metric), metric, margin)
+
+
+def over_base(low: float, high: float) -> Contrast:
+    difference = Estimate(value=(low + high) / 2, low=low, high=high, n=N, level=0.95)
+    return Contrast(a="lora", b="base", metric="exact_match", difference=difference, p_value=0.01)
 
 
 def table(only_student: int, only_teacher: int, n: int = N) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +126,7 @@ def test_the_verdict_follows_the_finding_and_says_why(
     pair: tuple[int, int], risen: float, decision: str, told: str
 ) -> None:
     forgetting = Estimate(value=risen, low=risen - 0.1, high=risen + 0.1, n=50, level=0.95)
-    verdict = decide_equivalence(compare(*table(*pair), 0.05), forgetting, 0.2)
+    verdict = decide_equivalence(compare(*table(*pair), 0.05), over_base(0.1, 0.3), forgetting, 0.2)
     assert verdict.decision == decision
     assert told in " ".join(verdict.reasons)
     assert "90 % interval" in verdict.reasons[0]
@@ -128,6 +134,12 @@ def test_the_verdict_follows_the_finding_and_says_why(
 
 
 def test_a_handful_of_rows_is_said_to_be_one() -> None:
-    verdict = decide_equivalence(compare(*table(0, 0, 9), 0.5), None, 0.2)
+    verdict = decide_equivalence(compare(*table(0, 0, 9), 0.5), over_base(0.1, 0.3), None, 0.2)
     assert verdict.decision == "not shown"
     assert "9 held-out rows cannot carry a verdict" in verdict.reasons[0]
+
+
+def test_a_student_that_is_no_better_than_the_base_is_not_shown_to_have_learned() -> None:
+    verdict = decide_equivalence(compare(*table(0, 0), 0.05), over_base(-0.01, 0.01), None, 0.2)
+    assert verdict.decision == "not shown"
+    assert "not shown better than the base without a prompt" in verdict.reasons[1]

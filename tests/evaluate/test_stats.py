@@ -1,4 +1,4 @@
-"""Intervals hold what they promise, tests agree with scipy, and the verdict follows its rule and says why.
+"""Intervals hold what they promise, and tests agree with scipy.
 
 The coverage of Tango's interval is exact: a sum over all outcomes, no simulation.
 """
@@ -18,7 +18,7 @@ from scipy import stats as scipy_stats
 
 from tunesmith.errors import DataError
 from tunesmith.evaluate import stats
-from tunesmith.types import Contrast, Estimate, Measurement
+from tunesmith.types import Contrast, Measurement
 
 COUNTS = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 LEVELS = st.sampled_from([0.8, 0.9, 0.95, 0.99])
@@ -242,71 +242,10 @@ def test_more_rows_show_smaller_differences() -> None:
     assert found[0] == 1.0
 
 
-def gain(low: float, high: float, metric: str = "exact_match", n: int = 200, p_value: float = 0.001) -> Contrast:
-    difference = Estimate(value=(low + high) / 2, low=low, high=high, n=n, level=0.95)
-    return Contrast(a="lora", b="few_shot", metric=metric, difference=difference, p_value=p_value)
-
-
-def rise(low: float, high: float) -> Estimate:
-    return Estimate(value=(low + high) / 2, low=low, high=high, n=100, level=0.95)
-
-
-@pytest.mark.parametrize(
-    ("contrast", "forgetting", "decision"),
-    [
-        (gain(0.1, 0.3), None, "ship"),
-        (gain(0.1, 0.3), rise(0.0, 0.1), "ship"),
-        (gain(0.1, 0.3), rise(0.1, 0.3), "ship"),
-        (gain(0.1, 0.3), rise(0.21, 0.3), "do not ship"),
-        (gain(-0.1, 0.3), rise(0.0, 0.1), "not shown"),
-        (gain(0.0, 0.3), None, "not shown"),
-        (gain(-0.1, 0.3), rise(0.21, 0.3), "do not ship"),
-        (gain(-0.3, -0.1), None, "do not ship"),
-        (gain(-0.3, -0.1, "completion_loss"), None, "ship"),
-        (gain(0.1, 0.3, "completion_loss"), None, "do not ship"),
-        (gain(0.5, 1.0, n=9), None, "not shown"),
-        (gain(-1.0, -0.5, n=9), None, "not shown"),
-    ],
-)
-def test_the_verdict_follows_its_rule(contrast: Contrast, forgetting: Estimate | None, decision: str) -> None:
-    verdict = stats.decide(contrast, forgetting, 0.2)
-    assert verdict.decision == decision
-    assert all(reason.endswith(".") for reason in verdict.reasons)
-
-
-def test_the_reasons_tell_every_number() -> None:
-    tuned, prompted = stats.estimate([1.0] * 163 + [0.0] * 37), stats.estimate([0.0] * 200)
-    verdict = stats.decide(gain(0.756, 0.874), rise(0.1, 0.34), 0.2, tuned=tuned, prompted=prompted)
-    assert verdict.reasons == (
-        "lora answers 81.5 % of 200 held-out rows exactly; the best prompted base (few_shot) 0.0 %; "
-        "difference +81.5 points, 95 % interval +75.6 to +87.4 (p = 0.001).",
-        "The interval lies on the better side of 0, so the tuned model is better on rows like these.",
-        "General loss changed by +0.220 nats per token, 95 % interval +0.100 to +0.340: the interval straddles the "
-        "limit of 0.2, so too much forgetting is not ruled out. The estimate itself is above it.",
-    )
-
-
-def test_the_reasons_of_a_loss_say_that_lower_is_better() -> None:
-    tuned, prompted = rise(1.0, 1.2), rise(1.4, 1.6)
-    reason = stats.decide(gain(-0.5, -0.3, "completion_loss"), None, 0.2, tuned=tuned, prompted=prompted).reasons[0]
-    assert reason == (
-        "lora has a mean completion_loss of 1.1 on 100 held-out rows, lower is better; "
-        "the best prompted base (few_shot) 1.5; difference -0.4, 95 % interval -0.5 to -0.3 (p = 0.001)."
-    )
-
-
-def test_a_small_or_close_test_is_said_to_be_one() -> None:
-    few = stats.decide(gain(-0.2, 0.3, n=20, p_value=0.6), None, 0.2).reasons
-    assert "With this spread, 20 held-out rows show a true difference of 37.7 points in 4 runs of 5." in few
-    close = stats.decide(gain(0.001, 0.1, p_value=0.0625), None, 0.2).reasons
-    assert "It is close: the test of no difference gives p = 0.062. More rows would tell." in close
-    tiny = stats.decide(gain(0.1, 0.9, n=9), None, 0.2).reasons
-    assert "9 held-out rows cannot carry a verdict: it takes at least 10." in tiny
-
-
-def test_arms_that_never_differ_show_nothing() -> None:
-    same = [(0.25, 0.25)] * 40
-    for metric in ("token_f1", "completion_loss"):
-        verdict = stats.decide(compare(same, metric), None, 0.2)
-        assert verdict.decision == "not shown"
-    assert compare([(3.0, 3.0)] * 40).p_value == 1.0
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.floats(-5, 5)), min_size=1, max_size=30))
+def test_one_each_is_the_mean_of_each_group_in_order_of_appearance(pairs: list[tuple[str, float]]) -> None:
+    by_group: dict[str, list[float]] = {}
+    for group, value in pairs:
+        by_group.setdefault(group, []).append(value)
+    found = stats.one_each(np.array([value for _, value in pairs]), [group for group, _ in pairs])
+    assert found.tolist() == pytest.approx([sum(values) / len(values) for values in by_group.values()])

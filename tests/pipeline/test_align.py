@@ -38,7 +38,7 @@ def choices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Choices that a tiny model can learn: capitals are better."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=4)) for _ in range(160)]
-    rows = [{"prompt": f"Say {n % 40}", "chosen": w.upper(), "rejected": w} for n, w in enumerate(words)]
+    rows = [{"prompt": f"Say {n % 120}", "chosen": w.upper(), "rejected": w} for n, w in enumerate(words)]
     path = tmp_path_factory.mktemp("choices") / "choices.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -90,6 +90,13 @@ def test_a_reward_model_learns_what_people_chose_and_says_how_surely(reward_run:
     assert results["verdict"]["decision"] == "ship"
     assert results["baselines"]["length"]["pair_accuracy"]["value"] == 0.5
     assert reward_run.report.is_file()
+
+
+def test_several_pairs_of_a_prompt_are_one_observation(reward_run: RunFolder) -> None:
+    prompts = {json.dumps(line["prompt"]) for line in read_jsonl(reward_run.answers(REWARD))}
+    results = read_json(reward_run.results)
+    assert results["data"]["test"] == 16
+    assert results["models"][REWARD]["pair_accuracy"]["n"] == len(prompts) < 16
 
 
 def test_a_reward_model_is_held_against_other_choices(reward_run: RunFolder, choices: Path, tmp_path: Path) -> None:
@@ -149,7 +156,9 @@ def test_a_policy_run_ends_with_a_judged_model(policy: Callable[..., Raw], metho
     assert results["win_rate_by"] == "judge"
     assert next(point["step"] for point in results["curve"]) == 0
     assert sum(point["chosen"] for point in results["curve"]) == 1
-    assert len(read_jsonl(folder.answers("lora"))) == results["data"]["test"] == 16
+    asked = [line["prompt"][0]["content"] for line in read_jsonl(folder.answers("lora"))]
+    assert len(set(asked)) == len(asked) == results["data"]["test"] == 16
+    assert f"{len(asked)} held-out prompts" in results["verdict"]["reasons"][0]
     assert ("rollouts" in results) == (method != "dpo")
     assert (folder.adapter / "adapter_model.safetensors").is_file()
     assert folder.report.is_file()

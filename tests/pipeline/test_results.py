@@ -111,4 +111,29 @@ def test_forgetting_over_the_limit_is_a_reason_not_to_ship(recipe: Callable[...,
     lost = results["forgetting"]["lora"]
     assert lost["general_loss"]["change"]["value"] == pytest.approx(1)
     assert lost["general_accuracy"]["change"]["value"] == -1
+    assert lost["general_accuracy"]["change"]["high"] > -1
     assert lost["kl_from_base"]["after"]["n"] == 16
+
+
+def test_general_accuracy_that_did_not_change_may_have_changed_either_way(recipe: Callable[..., Recipe]) -> None:
+    same = General(losses=np.linspace(1, 2, 48), correct=np.ones(20))
+    found = findings(
+        measurement("base", exact_match=[0.0] * 100),
+        measurement("lora", exact_match=[1.0] * 100),
+        best="base",
+        forgetting={"lora": Forgetting(before=same, after=same, kl=np.linspace(0.1, 0.2, 16))},
+    )
+    change = conclude(recipe({}), found)["forgetting"]["lora"]["general_accuracy"]["change"]
+    assert change["low"] < -0.1 < change["value"] == 0.0 < 0.1 < change["high"]
+
+
+def test_a_lookup_that_is_better_speaks_against_the_tuned_model(recipe: Callable[..., Recipe]) -> None:
+    found = findings(
+        measurement("base", exact_match=[0.0] * 100),
+        measurement("lora", exact_match=[1.0] * 60 + [0.0] * 40),
+        measurement("majority", exact_match=[1.0] * 85 + [0.0] * 15),
+        best="base",
+    )
+    verdict = conclude(recipe({}), found)["verdict"]
+    assert verdict["decision"] == "do not ship"
+    assert any("majority is shown to be better" in reason for reason in verdict["reasons"])

@@ -24,6 +24,19 @@ def test_savings_are_the_share_of_prompt_tokens_that_the_tuned_arm_does_without(
     assert found["break_even_requests"] == 10_000
 
 
+def test_longer_answers_count_against_what_a_shorter_prompt_saves() -> None:
+    arms = {
+        "few_shot": {"prompt_tokens_per_request": 300.0, "completion_tokens_per_request": 8.0},
+        "lora": {**ARMS["lora"], "completion_tokens_per_request": 108.0},
+    }
+    found = savings(arms, "lora", "few_shot", 1_000_000)
+    assert found["prompt_tokens_saved_per_request"] == 250
+    assert found["tokens_saved_per_request"] == 150
+    assert found["break_even_requests"] == 10_000
+    arms["lora"]["completion_tokens_per_request"] = 400.0
+    assert savings(arms, "lora", "few_shot", 1_000_000)["break_even_requests"] is None
+
+
 def test_an_arm_that_reads_more_saves_a_negative_share_and_never_breaks_even() -> None:
     arms = {"base": {"prompt_tokens_per_request": 40.0}, "lora": ARMS["lora"]}
     found = savings(arms, "lora", "base", 1_000_000)

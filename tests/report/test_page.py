@@ -64,7 +64,7 @@ def test_the_page_holds_the_verdict_the_finding_and_its_numbers(page: str, whole
         "repaid after 41,000 requests",
         "LoRA keeps 94% (86% to 102%) of full fine-tuning's gain over the best prompt",
         "67% of its compute, 71% of its time, 49% of its memory, 4% of its checkpoint",
-        "The test rows were read once",
+        "This run read the test rows once",
         "The smallest difference this test set can show is 6.2 points (with power 80%, at a level of 95%).",
         "General loss moved by LoRA +0.048",
         "5 min 12 s",

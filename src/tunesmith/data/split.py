@@ -130,6 +130,14 @@ def clusters(rows: Sequence[Row], threshold: float, unit: Unit = "prompt") -> Se
     return array("q", map(root, range(len(rows))))
 
 
+def observations(rows: Sequence[Comparison], unit: Unit) -> list[str]:
+    """What each choice is an observation of: its prompt, or, where prompts are few, its two answers.
+
+    Several pairs of a prompt, or several people's choices between two answers, say less than their number.
+    """
+    return [content_id(question_key(row), content_key(row, unit)) for row in rows]
+
+
 def prompt_key(row: Row) -> str:
     """A hash of what is asked, spaces at the ends apart; of a row without a prompt, its id."""
     asked = [[message.role, message.content.strip()] for message in row.prompt]
@@ -138,14 +146,14 @@ def prompt_key(row: Row) -> str:
 
 def question_key(row: Row) -> str:
     """A hash of what is asked, case and punctuation apart; of a row without a prompt, its id."""
-    return _asked(row.prompt) or row.id
+    return asked_key(row.prompt) or row.id
 
 
 def earlier_question_keys(row: Row) -> Iterator[str]:
     """The `question_key` of each answer that a conversation trains before its last one."""
     if not isinstance(row, Comparison):
         answers = (place for place, message in enumerate(row.messages[:-1]) if message.role == "assistant")
-        yield from filter(None, (_asked(row.messages[:place]) for place in answers))
+        yield from filter(None, (asked_key(row.messages[:place]) for place in answers))
 
 
 def shared_keys(row: Row, unit: Unit) -> tuple[str, ...]:
@@ -174,7 +182,8 @@ def in_order(rows: Sequence[Row], seed: int) -> View[Row]:
     return some(rows, np.argsort(keys, kind="stable"))
 
 
-def _asked(turns: Sequence[Message]) -> str:
+def asked_key(turns: Sequence[Message]) -> str:
+    """A hash of what turns say, case and punctuation apart; empty where they say nothing."""
     asked = [[message.role, folded(message.content)] for message in turns]
     return content_id("question", asked) if any(text for _, text in asked) else ""
 

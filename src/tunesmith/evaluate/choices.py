@@ -5,15 +5,17 @@ Scores come as [pairs 2], the chosen answer's first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from ..types import Contrast, Estimate, Verdict
-from .stats import estimate, judge_forgetting
+from ..types import FEWEST_ROWS, Contrast, Estimate, Verdict
+from .stats import estimate, one_each
+from .verdict import judge_forgetting, too_few
 
 Scores = Float[np.ndarray, "pairs 2"]
 CALIBRATION = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -30,13 +32,13 @@ def longer_wins(tokens: Int[np.ndarray, "pairs 2"]) -> Float[np.ndarray, "pairs"
     return right(tokens.astype(np.float64))
 
 
-def agreement(first: Scores, second: Scores, level: float, seed: int) -> Estimate:
-    """Share of pairs on which two models choose alike."""
+def agreement(first: Scores, second: Scores, groups: Sequence[str], level: float, seed: int) -> Estimate:
+    """Share of pairs on which two models choose alike; `groups` says which pairs are one observation."""
     alike = (right(first) == right(second)).astype(np.float64)
-    return estimate(alike, level, seed)
+    return estimate(one_each(alike, groups), level, seed)
 
 
-def calibration(scores: Scores, level: float, seed: int) -> list[dict[str, Any]]:
+def calibration(scores: Scores, groups: Sequence[str], level: float, seed: int) -> list[dict[str, Any]]:
     """How often the model is right where it says that it is right with probability p = sigmoid(difference)."""
     sure = 1 / (1 + np.exp(-np.abs(scores[:, 0] - scores[:, 1])))
     correct = right(scores)
@@ -44,7 +46,7 @@ def calibration(scores: Scores, level: float, seed: int) -> list[dict[str, Any]]
     for low, high in pairwise(CALIBRATION):
         inside = (sure >= low) & ((sure < high) | (high == 1.0))
         if inside.any():
-            found = asdict(estimate(correct[inside], level, seed))
+            found = asdict(_of_some(correct, groups, inside, level, seed))
             rows.append(
                 {
                     "low": low,
@@ -57,7 +59,9 @@ def calibration(scores: Scores, level: float, seed: int) -> list[dict[str, Any]]
     return rows
 
 
-def within_lengths(scores: Scores, tokens: Int[np.ndarray, "pairs 2"], level: float, seed: int) -> list[dict[str, Any]]:
+def within_lengths(
+    scores: Scores, tokens: Int[np.ndarray, "pairs 2"], groups: Sequence[str], level: float, seed: int
+) -> list[dict[str, Any]]:
     """Accuracy by how much longer the chosen answer is: a judge of length is right on one side only."""
     longer = tokens[:, 0] - tokens[:, 1]
     shortest, equal, longest = LENGTHS_TOKENS
@@ -70,10 +74,25 @@ def within_lengths(scores: Scores, tokens: Int[np.ndarray, "pairs 2"], level: fl
     }
     correct = right(scores)
     return [
-        {"label": label, "pair_accuracy": asdict(estimate(correct[inside], level, seed)), "n": int(inside.sum())}
+        {
+            "label": label,
+            "pair_accuracy": asdict(_of_some(correct, groups, inside, level, seed)),
+            "n": int(inside.sum()),
+        }
         for label, inside in parts.items()
         if inside.any()
     ]
+
+
+def _of_some(
+    correct: Float[np.ndarray, "pairs"],
+    groups: Sequence[str],
+    inside: Bool[np.ndarray, "pairs"],
+    level: float,
+    seed: int,
+) -> Estimate:
+    mine = [group for group, is_in in zip(groups, inside, strict=True) if is_in]
+    return estimate(one_each(correct[inside], mine), level, seed)
 
 
 def scores_of(scores: Scores) -> dict[str, dict[str, float]]:
@@ -82,11 +101,14 @@ def scores_of(scores: Scores) -> dict[str, dict[str, float]]:
     return {name: {"mean": float(side.mean()), "sd": float(side.std())} for name, side in sides.items()}
 
 
-def verdict_on_reward(accuracy: Estimate, over_length: Contrast) -> Verdict:
+def verdict_on_reward(accuracy: Estimate, over_length: Contrast, pairs: int) -> Verdict:
     """`ship` a reward model that is shown to beat both a coin and a judge of length; docs/rlhf.md has the rule."""
-    seen = f"right on {accuracy.value:.1%} of {accuracy.n} held-out pairs ({accuracy.low:.1%} to {accuracy.high:.1%})"
+    counted = f"{pairs} held-out pairs" + (f" of {accuracy.n} prompts" if accuracy.n < pairs else "")
+    seen = f"right on {accuracy.value:.1%} of {counted} ({accuracy.low:.1%} to {accuracy.high:.1%})"
     gain = over_length.difference
     beside = f"{gain.value:+.1%} against choosing the longer answer ({gain.low:+.1%} to {gain.high:+.1%})"
+    if accuracy.n < FEWEST_ROWS:
+        return Verdict(decision="not shown", reasons=(seen, beside, too_few(accuracy.n)))
     if accuracy.low > 0.5 and gain.low > 0:
         return Verdict(decision="ship", reasons=(seen, beside))
     if accuracy.high < 0.5 or gain.high < 0:
@@ -95,12 +117,14 @@ def verdict_on_reward(accuracy: Estimate, over_length: Contrast) -> Verdict:
 
 
 def verdict_on_policy(
-    win_rate: Estimate, by: str, kl: Estimate, forgetting: Estimate | None, forgetting_limit: float
+    win_rate: Estimate, by: str, asked: str, kl: Estimate, forgetting: Estimate | None, forgetting_limit: float
 ) -> Verdict:
     """`ship` a policy that is shown to win more often than not and not shown to forget; docs/rlhf.md has the rule."""
-    seen = f"wins {win_rate.value:.1%} of {win_rate.n} prompts against the model it began as, by {by} "
+    seen = f"wins {win_rate.value:.1%} of {asked} against the model it began as, by {by} "
     seen += f"({win_rate.low:.1%} to {win_rate.high:.1%}), {kl.value:.1f} nats an answer away from it"
     harm, forgot = judge_forgetting(forgetting, forgetting_limit)
+    if win_rate.n < FEWEST_ROWS:
+        return Verdict(decision="do not ship" if harm else "not shown", reasons=(seen, too_few(win_rate.n), forgot))
     if harm or win_rate.high < 0.5:
         return Verdict(decision="do not ship", reasons=(seen, forgot))
     return Verdict(decision="ship" if win_rate.low > 0.5 else "not shown", reasons=(seen, forgot))

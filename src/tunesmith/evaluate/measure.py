@@ -13,7 +13,7 @@ from ..data.render import prompt_tokens, render, render_last
 from ..model.load import Model
 from ..model.sample import Sampling, sample
 from ..model.score import score
-from ..types import Conversation, Example, Grade, Item, Measurement, Message
+from ..types import UNENDED, Conversation, Example, Grade, Item, Measurement, Message
 from .metrics import MODEL_METRICS
 from .systems import Prompting
 
@@ -34,7 +34,8 @@ def measure(
 
     `grades` maps metric names to functions. `completion_loss` (nats per token of the reference) and `choice_accuracy`
     (of each item's choices) are computed from the model's probabilities; where there is no other metric, nothing is
-    generated and the answers are empty. An item of plain text has no prompt.
+    generated and the answers are empty. Where something is, `unended` says which answers the limit of tokens cut. An
+    item of plain text has no prompt.
     """
     start = time.monotonic()
     prompts = [_prompt(model, prompting, item) for item in items]
@@ -47,6 +48,8 @@ def measure(
         for name, grade in grades.items()
         if name not in MODEL_METRICS
     }
+    if completions:
+        scores[UNENDED] = np.array([float(completion.stop == "length") for completion in completions])
     if "completion_loss" in grades:
         scores["completion_loss"] = completion_losses(model, prompting, items)
     if "choice_accuracy" in grades:

@@ -41,6 +41,10 @@ BINARY_TEXT_METRICS = (
     "regex",
 )
 TEXT_METRICS = (*BINARY_TEXT_METRICS, "token_f1", "rouge_l", "bleu", "chrf", "placeholder_f1")
+# Metrics to which words beyond the reference are of no use. By the others, an answer may be right after a preamble.
+WHOLE_ANSWER_METRICS = frozenset(
+    {"exact_match", "normalised_match", "token_f1", "rouge_l", "bleu", "chrf", "placeholder_f1"}
+)
 MODEL_METRICS = frozenset({"completion_loss", "choice_accuracy"})
 LOWER_IS_BETTER = frozenset({"completion_loss", "general_loss", "kl", "kl_from_base"})
 REGEX_LIMIT_SECONDS = 1.0

@@ -1,4 +1,4 @@
-"""Intervals, paired comparisons and the verdict: how sure a run may be of what it measured.
+"""Intervals and paired comparisons: how sure a run may be of what it measured. verdict.py draws the conclusion.
 
 Scores that are all 0 or 1 get score intervals (Wilson, Tango), which stay honest when no item fails or none differs;
 other scores get the bootstrap. Everything random is a function of `seed`. docs/statistics.md says why, for users.
@@ -14,20 +14,17 @@ from jaxtyping import Bool, Float
 from scipy import optimize, special
 
 from ..errors import DataError
-from ..types import Contrast, Decision, Equivalence, Estimate, Measurement, Sameness, Verdict
-from .metrics import higher_is_better, is_binary
+from ..types import FEWEST_ROWS, Contrast, Equivalence, Estimate, Measurement, Sameness
+from .metrics import higher_is_better
 
 RESAMPLES = 10_000
 CHUNK_NUMBERS = 2_000_000  # 16 MB of float64: the most that one chunk of resamples holds
-FEWEST_ROWS = 10  # below 6 rows the exact test cannot reach p < 0.05, and a handful is no sample of anything
-FEW_ROWS = 50
-PROMPTED_ARMS = frozenset({"base", "instructed", "few_shot"})
 RATE_OF_DISAGREEMENT = 0.3  # two arms that are right on 80 % of items and err independently disagree on 32 %
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Score interval of a share (Wilson 1927): low and high, within 0..1. Never of width 0, not even at 0 of n."""
-    z = _z(level)
+    z = z_of(level)
     share = successes / n
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
@@ -80,17 +77,29 @@ def contrast(a: Measurement, b: Measurement, metric: str, level: float = 0.95, s
     """
     _check_pairing(a, b, metric)
     left, right = (_checked(arm.scores[metric], f"{metric} of {arm.arm}") for arm in (a, b))
+    if _is_binary_pair(left, right):
+        p_value = mcnemar(int((left > right).sum()), int((left < right).sum()))
+    else:
+        p_value = permutation(left - right, seed)
+    return Contrast(a=a.arm, b=b.arm, metric=metric, difference=paired(left, right, level, seed), p_value=p_value)
+
+
+def paired(left: Float[np.ndarray, "N"], right: Float[np.ndarray, "N"], level: float = 0.95, seed: int = 0) -> Estimate:
+    """The mean of left - right over the same items: Tango's interval where they differ by 0 or 1, else bootstrap's."""
     difference = left - right
     if _is_binary_pair(left, right):
-        only_a, only_b = int((difference > 0).sum()), int((difference < 0).sum())
-        low, high = tango(only_a, only_b, len(difference), level)
-        p_value = mcnemar(only_a, only_b)
+        low, high = tango(int((difference > 0).sum()), int((difference < 0).sum()), len(difference), level)
     else:
         low, high = bootstrap(difference, level, seed)
-        p_value = permutation(difference, seed)
     value = float(difference.mean())
-    interval = Estimate(value=value, low=min(low, value), high=max(high, value), n=len(difference), level=level)
-    return Contrast(a=a.arm, b=b.arm, metric=metric, difference=interval, p_value=p_value)
+    return Estimate(value=value, low=min(low, value), high=max(high, value), n=len(difference), level=level)
+
+
+def one_each(values: Float[np.ndarray, "N"], groups: Sequence[str]) -> Float[np.ndarray, "groups"]:
+    """The mean of each group's values, groups by first appearance: what depends on one thing is one observation."""
+    _, first, group = np.unique(np.asarray(groups, dtype=object).astype(str), return_index=True, return_inverse=True)
+    means = np.bincount(group, weights=values) / np.bincount(group)
+    return means[np.argsort(first)]
 
 
 def equivalence(
@@ -104,8 +113,7 @@ def equivalence(
     (within the margin). The whole interval beyond the margin: worse. Raises DataError as `contrast` does.
     """
     difference = contrast(a, b, metric, 2 * level - 1, seed).difference
-    sign = 1 if higher_is_better(metric) else -1
-    low, high = sorted((sign * difference.low, sign * difference.high))
+    low, high = improvement(difference, metric)
     finding: Sameness = "not shown"
     if difference.n >= FEWEST_ROWS:
         if low > -margin:
@@ -113,6 +121,13 @@ def equivalence(
         elif high < -margin:
             finding = "worse"
     return Equivalence(a=a.arm, b=b.arm, metric=metric, margin=margin, difference=difference, finding=finding)
+
+
+def improvement(difference: Estimate, metric: str) -> tuple[float, float]:
+    """The interval of a difference, turned so that above 0 is better."""
+    sign = 1 if higher_is_better(metric) else -1
+    low, high = sorted((sign * difference.low, sign * difference.high))
+    return low, high
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -153,7 +168,7 @@ def smallest_difference(
     """
     if sd is not None:
         return float(sum(special.stdtrit(n - 1, [(1 + level) / 2, power])) * sd / math.sqrt(n)) if n > 1 else math.inf
-    z, y = _z(level), float(special.ndtri(power))
+    z, y = z_of(level), float(special.ndtri(power))
     root = n + y**2 - z**2
     difference = math.sqrt(discordance) * (z * math.sqrt(n) + y * math.sqrt(root)) / (n + y**2) if root > 0 else 1.0
     if difference <= discordance:
@@ -165,58 +180,13 @@ def smallest_difference(
     return float(_root(surplus, 0.0, 1.0)) if surplus(1.0) > 0 else 1.0
 
 
-def decide(
-    contrast: Contrast,
-    forgetting: Estimate | None,
-    forgetting_limit: float,
-    *,
-    tuned: Estimate | None = None,
-    prompted: Estimate | None = None,
-) -> Verdict:
-    """Decide from `contrast` (tuned minus best prompted base) and `forgetting` (rise of general loss, nats per token).
-
-    ship: the difference's interval lies on the better side of 0, and forgetting's lower end is not above the limit.
-    do not ship: the interval lies on the worse side of 0, or forgetting's lower end is above the limit.
-    not shown: anything else, and any contrast on fewer than FEWEST_ROWS items.
-    `tuned` and `prompted`, the two arms' own estimates, are only told in the reasons.
-    """
-    gain, gain_reasons = _judge_gain(contrast)
-    harm, harm_reason = judge_forgetting(forgetting, forgetting_limit)
-    decision: Decision = "do not ship" if harm else gain
-    return Verdict(decision=decision, reasons=(_compare(contrast, tuned, prompted), *gain_reasons, harm_reason))
-
-
-def decide_equivalence(found: Equivalence, forgetting: Estimate | None, forgetting_limit: float) -> Verdict:
-    """Decide on a student that is to do without its teacher's prompt; forgetting counts as in `decide`.
-
-    ship: equivalent or at least as good. do not ship: worse, or too much forgotten. not shown: anything else.
-    """
-    harm, harm_reason = judge_forgetting(forgetting, forgetting_limit)
-    fine = found.finding in ("equivalent", "at least as good")
-    decision: Decision = "do not ship" if harm or found.finding == "worse" else "ship" if fine else "not shown"
-    scale, spec, unit = (100.0, "+.1f", " points") if is_binary(found.metric) else (1.0, "+.4g", "")
-    difference, margin = found.difference, _amount(found.margin, found.metric)
-    told = {
-        "equivalent": f"it lies within {margin} on either side, so {found.a} is equivalent to {found.b}",
-        "at least as good": f"it lies above the margin of {margin} less, so {found.a} is at least as good as {found.b}",
-        "worse": f"it lies beyond the margin of {margin}, so {found.a} is worse than {found.b}",
-        "not shown": f"it is not within the margin of {margin}, so equality is not shown; more test rows narrow it",
-    }[found.finding]
-    seen = (
-        f"{found.a} minus {found.b}, {found.metric} on {_rows(difference.n)}: {scale * difference.value:{spec}}{unit}"
-    )
-    few = f"{_rows(difference.n)} cannot carry a verdict: it takes at least {FEWEST_ROWS}."
-    told = f"{_interval(difference, spec, scale)}; {told}." if difference.n >= FEWEST_ROWS else few
-    return Verdict(decision=decision, reasons=(f"{seen}, {told}", harm_reason))
-
-
-def _z(level: float) -> float:
+def z_of(level: float) -> float:
     return float(special.ndtri((1 + level) / 2))
 
 
 def _tango_high(only_a: int, only_b: int, n: int, level: float) -> float:
     """Where the score statistic of the difference d falls to -z; see `tango`."""
-    observed, z = (only_a - only_b) / n, _z(level)
+    observed, z = (only_a - only_b) / n, z_of(level)
     if only_a == n:
         return 1.0
 
@@ -274,82 +244,3 @@ def _check_pairing(a: Measurement, b: Measurement, metric: str) -> None:
         if pair[0] != pair[1]:
             what = f"item {place + 1} is {pair[0]} for {a.arm} and {pair[1]} for {b.arm}"
             raise DataError(what, where=where, fix="Measure both on the same held-out rows, in the same order.")
-
-
-def _judge_gain(contrast: Contrast) -> tuple[Decision, list[str]]:
-    difference = contrast.difference
-    sign = 1 if higher_is_better(contrast.metric) else -1
-    low, high = sorted((sign * difference.low, sign * difference.high))
-    if difference.n < FEWEST_ROWS:
-        return "not shown", [f"{_rows(difference.n)} cannot carry a verdict: it takes at least {FEWEST_ROWS}."]
-    reasons = []
-    if low > 0:
-        decision: Decision = "ship"
-        reasons.append("The interval lies on the better side of 0, so the tuned model is better on rows like these.")
-    elif high < 0:
-        decision = "do not ship"
-        reasons.append("The interval lies on the worse side of 0, so the tuned model is worse on rows like these.")
-    else:
-        decision = "not shown"
-        reasons.append("The interval holds 0, so neither a gain nor a loss is shown.")
-    if decision != "not shown" and contrast.p_value > 1 - difference.level:
-        reasons.append(
-            f"It is close: the test of no difference gives p = {contrast.p_value:.3f}. More rows would tell."
-        )
-    if difference.low < difference.high and (decision == "not shown" or difference.n < FEW_ROWS):
-        reasons.append(_what_would_show(contrast))
-    return decision, reasons
-
-
-def _what_would_show(contrast: Contrast) -> str:
-    """The spread seen in this contrast, turned round: which true difference it would have taken."""
-    difference = contrast.difference
-    sd = (difference.high - difference.low) / (2 * _z(difference.level)) * math.sqrt(difference.n)
-    smallest = _amount(smallest_difference(difference.n, difference.level, sd=sd), contrast.metric)
-    return f"With this spread, {_rows(difference.n)} show a true difference of {smallest} in 4 runs of 5."
-
-
-def judge_forgetting(forgetting: Estimate | None, limit: float) -> tuple[bool, str]:
-    """Whether harm is shown, and the sentence about it."""
-    if forgetting is None:
-        return False, "Forgetting was not measured."
-    seen = f"General loss changed by {forgetting.value:+.3f} nats per token, {_interval(forgetting, '+.3f')}"
-    if forgetting.low > limit:
-        return True, f"{seen}: more is forgotten than the limit of {limit:g} allows."
-    if forgetting.high > limit:
-        side = "The estimate itself is above it" if forgetting.value > limit else "The estimate itself is not above it"
-        return (
-            False,
-            f"{seen}: the interval straddles the limit of {limit:g}, so too much forgetting is not ruled out. {side}.",
-        )
-    return False, f"{seen}: within the limit of {limit:g}."
-
-
-def _compare(contrast: Contrast, tuned: Estimate | None, prompted: Estimate | None) -> str:
-    """One sentence with all numbers of the comparison."""
-    difference, metric = contrast.difference, contrast.metric
-    other = f"the best prompted base ({contrast.b})" if contrast.b in PROMPTED_ARMS else contrast.b
-    scale, spec, unit = (100.0, "+.1f", " points") if is_binary(metric) else (1.0, "+.4g", "")
-    interval = f"{_interval(difference, spec, scale)} (p = {contrast.p_value:.2g})"
-    change = f"difference {scale * difference.value:{spec}}{unit}, {interval}"
-    lower = "" if higher_is_better(metric) else ", lower is better"
-    if tuned is None or prompted is None:
-        return f"{contrast.a} against {other} on {_rows(difference.n)}, {metric}{lower}: {change}."
-    if is_binary(metric):
-        how = "exactly" if metric == "exact_match" else f"right by {metric}"
-        share = f"{contrast.a} answers {100 * tuned.value:.1f} % of {_rows(tuned.n)} {how}"
-        return f"{share}; {other} {100 * prompted.value:.1f} %; {change}."
-    scores = f"{contrast.a} has a mean {metric} of {tuned.value:.4g} on {_rows(tuned.n)}{lower}"
-    return f"{scores}; {other} {prompted.value:.4g}; {change}."
-
-
-def _interval(estimate: Estimate, spec: str, scale: float = 1.0) -> str:
-    return f"{100 * estimate.level:g} % interval {scale * estimate.low:{spec}} to {scale * estimate.high:{spec}}"
-
-
-def _amount(value: float, metric: str) -> str:
-    return f"{100 * value:.1f} points" if is_binary(metric) else f"{value:.3g}"
-
-
-def _rows(n: int) -> str:
-    return f"{n} held-out row" if n == 1 else f"{n} held-out rows"

@@ -25,7 +25,7 @@ from ..model.load import Model, load
 from ..model.sample import Sampling, sample
 from ..recipe import DataSpec, Recipe, Update, load_recipe
 from ..screen import Screen
-from ..types import Comparison, Conversation, Measurement, Message
+from ..types import UNENDED, Comparison, Conversation, Measurement, Message
 from ..world import World
 from .pairs import comparisons
 from .prepare import questions
@@ -107,7 +107,7 @@ def compare_runs(first: Path, second: Path) -> list[list[str]]:
             "the two runs share no test row", where=f"{first}, {second}", fix="Give both the same test file."
         )
     rows = []
-    metrics = [metric for metric in a[shared[0]] if metric in b[shared[0]]]
+    metrics = [metric for metric in a[shared[0]] if metric in b[shared[0]] and metric != UNENDED]
     if not metrics:
         raise FolderError("the two runs share no metric", where=f"{first}, {second}", fix="Add one to task.also.")
     for metric in metrics:

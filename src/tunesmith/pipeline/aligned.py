@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .. import __version__
+from ..data.read import read_choices
 from ..evaluate.choices import verdict_on_policy
 from ..evaluate.forgetting import forgotten, remember
 from ..evaluate.stats import contrast, estimate
@@ -59,12 +60,13 @@ def align(place: Place, base: Model, prompts: Prompts, panel: Panel, begin: Call
     update = recipe.update[0]
     how = at_temperature(recipe, prompts)
     facts = {"max_new_tokens": prompts.max_new_tokens}
+    retention = read_choices(recipe.evaluate.retention) if recipe.evaluate.retention else []
     with opened(place, prompts.ledger, facts):
         screen.stage("Before", "the base model's answers, as the panel scores them")
         itself = _itself(base)
         before = look(base, itself, panel, prompts, "test", how, time.monotonic)
         on_valid = look(base, itself, panel, prompts, "valid", how, time.monotonic)
-        remembered = remember(base, []) if recipe.evaluate.forgetting else None
+        remembered = remember(base, retention) if recipe.evaluate.forgetting else None
         screen.line(_told(before, panel))
         screen.stage("Training", f"{recipe.method}, {update}")
         model, train, curve = _trained(place, base, prompts, panel, begin, on_valid)
@@ -226,7 +228,8 @@ def _results(
     won = estimate(wins(after, before, panel.decides), level, seed) if panel.decides else None
     rise = Estimate(**lost["general_loss"]["change"]) if lost else None
     by = {"judge_score": "judge", "reward_score": "reward model", "reward": "reward"}.get(panel.decides, "")
-    verdict = verdict_on_policy(won, by, kl, rise, recipe.evaluate.forgetting_limit) if won else None
+    limit = recipe.evaluate.forgetting_limit
+    verdict = verdict_on_policy(won, by, prompts.asked, kl, rise, limit) if won else None
     lines = [line for line in read_jsonl(place.folder.metrics) if line["arm"] == update and "rollout" in line]
     rollouts = {line["rollout"]: {key: line[key] for key in _ROLLOUT if key in line} for line in lines}
     keys = ("seconds", "peak_memory_bytes", "flops")
@@ -242,6 +245,7 @@ def _results(
         "task": {"metric": panel.decides or "length_tokens"},
         "arms": arms,
         **({"win_rate": asdict(won), "win_rate_by": by} if won else {}),
+        "asked": prompts.asked.rstrip(","),
         "kl": asdict(kl),
         "contrasts": [asdict(one) for one in contrasts],
         "curve": list(curve),

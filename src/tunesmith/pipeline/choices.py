@@ -23,7 +23,7 @@ from .begin import Place, load_base, needs_held_out, one_update
 from .pairs import Pairs, prepare_pairs
 from .panel import open_panel
 from .prepare import answer_room
-from .prompts import Prompts, question
+from .prompts import Prompts, asked_once, question
 from .tune import attach, optimization, planned
 
 REFERENCE = "reference"
@@ -102,8 +102,8 @@ def _look(model: Model, loss: PreferenceLoss, valid: Sequence[Group], settings: 
 def _asked(pairs: Pairs, place: Place, vocabulary: Vocabulary) -> Prompts:
     """The pairs' prompts, to be answered before and after."""
     recipe = place.recipe
-    found = {name: tuple(question(row) for row in pairs.rows[name]) for name in SPLITS}
-    found["valid"] = found["valid"][: recipe.evaluate.valid_rows]
+    every = {name: tuple(map(question, pairs.rows[name])) for name in SPLITS}
+    found = asked_once(every, pairs.unit, recipe, place.screen)
     answers = [int((e.weights > 0).sum()) for group in pairs.groups["train"] for e in group]
     room = recipe.task.max_new_tokens or answer_room(max(answers))
     prompts = [len(prompt_tokens(item.prompt, vocabulary.tokenizer)) for item in found["test"]]
@@ -114,4 +114,5 @@ def _asked(pairs: Pairs, place: Place, vocabulary: Vocabulary) -> Prompts:
         longest_tokens=int(np.max(prompts)) + room,
         census=pairs.census,
         ledger=pairs.ledger,
+        unit=pairs.unit,
     )

@@ -11,7 +11,7 @@ import numpy as np
 from ..data.curate import SPLITS, Census, census, curate, drop_overlong
 from ..data.read import read
 from ..data.render import render_last
-from ..data.split import prompt_key, split, uniform
+from ..data.split import Unit, prompt_key, split, uniform
 from ..errors import DataError, RecipeError
 from ..methods.annotate import Group
 from ..methods.reward import at_the_end
@@ -31,6 +31,7 @@ class Pairs:
     groups: dict[str, list[Group]]
     census: Census
     ledger: Sequence[LedgerEntry]
+    unit: Unit
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -38,7 +39,7 @@ class Pairs:
         total = self.census.total
         tokens = [len(example.tokens) for group in self.groups["train"] for example in group]
         spread = {f"p{share}": float(np.percentile(tokens, share)) for share in (5, 50, 95)}
-        sizes = {name: len(self.groups[name]) for name in SPLITS}
+        sizes = {name: len(self.groups[name]) for name in SPLITS} | {"split_by": self.unit}
         dropped = total.read - total.kept
         data = {**sizes, "dropped": dropped, "train_tokens": sum(tokens), "tokens_per_row": spread}
         return {"data": data, "census": asdict(total)}
@@ -64,9 +65,8 @@ def prepare_pairs(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> Pai
         within = {row.source for row in short}
         rows[name] = tuple(row for row in found if row.source in within)
         groups[name] = [group for row, group in zip(found, pairs, strict=True) if row.source in within]
-    rows["test"], groups["test"] = rows["test"][: recipe.evaluate.rows], groups["test"][: recipe.evaluate.rows]
     counted = census(whole, replace(kept, **rows), ledger)
-    prepared = Pairs(rows=rows, groups=groups, census=counted, ledger=ledger)
+    prepared = Pairs(rows=rows, groups=groups, census=counted, ledger=ledger, unit=whole.unit)
     _show(prepared, screen)
     return prepared
 

@@ -21,7 +21,7 @@ from ..model.load import Model
 from ..model.sample import Sampling
 from ..recipe import Recipe
 from ..train.meter import release_memory
-from ..types import Grade, Measurement
+from ..types import UNENDED, Grade, Measurement
 from ..world import World
 from .prompts import Prompts
 from .reward import JUDGE, REWARD, load_reward
@@ -116,7 +116,7 @@ def look(
     scores |= {
         "length_tokens": np.array([float(len(answer.completion.tokens)) for answer in answers]),
         "repetition": np.array([repetition(answer.completion.tokens) for answer in answers]),
-        "unended": np.array([float(not answer.ended) for answer in answers]),
+        UNENDED: np.array([float(not answer.ended) for answer in answers]),
     }
     release_memory()
     return Seen(answers=tuple(answers), scores=scores, kl=np.array(kl), seconds=asked)

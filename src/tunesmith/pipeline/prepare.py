@@ -20,6 +20,7 @@ from ..data.similar import MANY_ROWS, MOST_COMPARED
 from ..data.store import View, join
 from ..errors import DataError
 from ..evaluate.lookup import MOST_ROWS
+from ..evaluate.metrics import MODEL_METRICS, WHOLE_ANSWER_METRICS
 from ..folder import sha256_file
 from ..model.load import Vocabulary
 from ..recipe import Recipe, TaskSpec
@@ -28,6 +29,7 @@ from ..types import Conversation, Example, Item, LedgerEntry
 from .rows import curated
 
 ANSWER_ROOM = 1.25
+PREAMBLE_TOKENS = 128  # for a wordy base to come to its answer, where the metric looks for that inside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +78,7 @@ def prepare(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> Prepared:
         valid=valid.examples[: int(valid.parts[:valid_rows].sum())],
         valid_items=questions(valid.rows[:valid_rows], recipe.task),
         test_items=questions(test.rows[: recipe.evaluate.rows], recipe.task),
-        max_new_tokens=recipe.task.max_new_tokens or answer_room(longest),
+        max_new_tokens=recipe.task.max_new_tokens or max(answer_room(longest), _preamble(recipe, vocabulary)),
         census=found.census,
         ledger=found.ledger,
     )
@@ -140,6 +142,14 @@ def check_trained(examples: Sequence[Example], vocabulary: Vocabulary) -> None:
             where="data.train",
             fix="Check the base's chat template and eos token with `tunesmith check`.",
         )
+
+
+def _preamble(recipe: Recipe, vocabulary: Vocabulary) -> int:
+    """Tokens that every arm may write at least, so that a prompted base is not cut before it has answered."""
+    metrics = {recipe.task.metric, *recipe.task.also}
+    if metrics <= WHOLE_ANSWER_METRICS | MODEL_METRICS:
+        return 0
+    return min(PREAMBLE_TOKENS, vocabulary.context_tokens // 8)
 
 
 def answer_room(longest_tokens: int) -> int:

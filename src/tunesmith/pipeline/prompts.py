@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from ..data.curate import SPLITS, Census, census, curate
 from ..data.read import items, read
 from ..data.render import prompt_tokens, render_last
-from ..data.split import split
+from ..data.split import Unit, asked_key, split
 from ..errors import DataError
 from ..model.load import Vocabulary
 from ..recipe import Recipe
@@ -33,12 +33,22 @@ class Prompts:
     longest_tokens: int
     census: Census
     ledger: Sequence[LedgerEntry]
+    unit: Unit
+
+    @property
+    def asked(self) -> str:
+        """What a policy is judged by, in words: new prompts, or, where these are few, the trained ones."""
+        items = self.items["test"]
+        if self.unit == "prompt":
+            return f"{len(items)} held-out prompts"
+        few = len({asked_key(item.prompt) for item in items})
+        return f"{len(items)} answers to {few} prompts, which training asked too,"
 
     @property
     def counts(self) -> dict[str, Any]:
         """`data` and `census` of results.json."""
         total = self.census.total
-        sizes = {name: len(self.items[name]) for name in SPLITS}
+        sizes = {name: len(self.items[name]) for name in SPLITS} | {"split_by": self.unit}
         return {"data": {**sizes, "dropped": total.read - total.kept}, "census": asdict(total)}
 
 
@@ -50,9 +60,7 @@ def prepare_prompts(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> P
         screen.line(whole.note)
     kept, ledger = curate(whole, spec)
     rows: dict[str, Sequence[Row]] = {name: getattr(kept, name) for name in SPLITS}
-    rows["valid"] = rows["valid"][: recipe.evaluate.valid_rows]
-    rows["test"] = rows["test"][: recipe.evaluate.rows]
-    found = {name: tuple(question(row) for row in part) for name, part in rows.items()}
+    found = asked_once({name: tuple(map(question, part)) for name, part in rows.items()}, whole.unit, recipe, screen)
     examples = tuple(example(row, vocabulary) for row in rows["train"] if _answer(row))
     longest = max((int((e.weights > 0).sum()) for e in examples), default=ANSWER_TOKENS)
     prompts = [len(prompt_tokens(item.prompt, vocabulary.tokenizer, item.tools)) for item in found["train"]]
@@ -73,7 +81,27 @@ def prepare_prompts(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> P
         longest_tokens=max(prompts) + room,
         census=counted,
         ledger=ledger,
+        unit=whole.unit,
     )
+
+
+def asked_once(
+    items: Mapping[str, tuple[Item, ...]], unit: Unit, recipe: Recipe, screen: Screen
+) -> dict[str, tuple[Item, ...]]:
+    """The items to learn on, to choose and to judge by; of held-out ones as many as the recipe says, a prompt once.
+
+    Where prompts are few and splits share them, every row asks its prompt again: other answers are drawn.
+    """
+    most = {"valid": recipe.evaluate.valid_rows, "test": recipe.evaluate.rows}
+    found = dict(items)
+    for name, limit in most.items():
+        once: dict[str, Item] = {}
+        for item in items[name]:
+            once.setdefault(asked_key(item.prompt) if unit == "prompt" else item.id, item)
+        if len(once) < len(items[name]):
+            screen.line(f"{len(items[name])} {name} rows ask {len(once)} prompts; each is asked once")
+        found[name] = tuple(once.values())[:limit]
+    return found
 
 
 def question(row: Row) -> Item:

@@ -11,10 +11,11 @@ import numpy as np
 from .. import __version__
 from ..evaluate.forgetting import Forgetting
 from ..evaluate.metrics import higher_is_better
-from ..evaluate.stats import contrast, decide, decide_equivalence, equivalence, estimate
+from ..evaluate.stats import contrast, equivalence, estimate, paired
+from ..evaluate.verdict import decide, decide_equivalence
 from ..recipe import Recipe
 from ..report.cost import lora_versus_full, savings
-from ..types import Contrast, Estimate, Measurement
+from ..types import UNENDED, Contrast, Estimate, Measurement
 
 SCHEMA = 1
 
@@ -42,7 +43,8 @@ def conclude(recipe: Recipe, found: Findings) -> dict[str, Any]:
         name: _arm(measurement, found.trained.get(name), level, seed)
         for name, measurement in found.measurements.items()
     }
-    deciding = next(c for c in contrasts if (c.a, c.b, c.metric) == (found.subject, found.best_prompted, metric))
+    beside = {one.b: one for one in contrasts if (one.a, one.metric) == (found.subject, metric)}
+    deciding = beside[found.best_prompted]
     own = {name: Estimate(**arms[name]["metrics"][metric]) for name in (found.subject, found.best_prompted)}
     rise = lost[found.subject]["general_loss"]["change"] if found.subject in lost else None
     harm, limit = Estimate(**rise) if rise else None, recipe.evaluate.forgetting_limit
@@ -50,10 +52,17 @@ def conclude(recipe: Recipe, found: Findings) -> dict[str, Any]:
     if "distill" in found.facts:
         pair = (found.measurements[found.subject], found.measurements[found.best_prompted])
         same = equivalence(*pair, metric, recipe.evaluate.margin, level, seed)
-        verdict = decide_equivalence(same, harm, limit)
+        verdict = decide_equivalence(same, beside["base"], harm, limit)
     else:
-        tuned, prompted = own[found.subject], own[found.best_prompted]
-        verdict = decide(deciding, harm, limit, tuned=tuned, prompted=prompted)
+        verdict = decide(
+            deciding,
+            harm,
+            limit,
+            others=[one for arm, one in beside.items() if arm != found.best_prompted and arm not in found.trained],
+            tuned=own[found.subject],
+            prompted=own[found.best_prompted],
+            cut=float(np.mean(found.measurements[found.best_prompted].scores.get(UNENDED, 0.0))),
+        )
     results = {
         "schema": SCHEMA,
         "tunesmith": __version__,
@@ -95,7 +104,7 @@ def _contrasts(recipe: Recipe, found: Findings) -> list[Contrast]:
         ]
         for other in others:
             a, b = found.measurements[tuned], found.measurements[other]
-            shared = [metric for metric in a.scores if metric in b.scores]
+            shared = [metric for metric in a.scores if metric in b.scores and metric != UNENDED]
             rows += [contrast(a, b, metric, recipe.evaluate.level, recipe.evaluate.seed) for metric in shared]
     return rows
 
@@ -114,8 +123,9 @@ def lost_ability(recipe: Recipe, found: Forgetting) -> dict[str, Any]:
     level, seed = recipe.evaluate.level, recipe.evaluate.seed
 
     def beside(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray) -> dict[str, Any]:
-        values = {"before": before, "after": after, "change": np.asarray(after) - np.asarray(before)}
-        return {name: asdict(estimate(np.asarray(numbers), level, seed)) for name, numbers in values.items()}
+        before, after = np.asarray(before), np.asarray(after)
+        each = {"before": estimate(before, level, seed), "after": estimate(after, level, seed)}
+        return {name: asdict(found) for name, found in (each | {"change": paired(after, before, level, seed)}).items()}
 
     measures = {"general_loss": beside(found.before.losses, found.after.losses)}
     if len(found.before.correct):

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import __version__
+from ..data.split import observations, unit_of
 from ..errors import ModelError
 from ..evaluate.choices import agreement, calibration, longer_wins, right, scores_of, verdict_on_reward, within_lengths
-from ..evaluate.stats import contrast, estimate
+from ..evaluate.stats import contrast, estimate, one_each
 from ..folder import RunFolder, is_run_folder, read_json, write_json, write_jsonl
 from ..methods.annotate import Group
 from ..methods.order import EpochSteps
@@ -58,7 +59,7 @@ def learn_reward(place: Place) -> None:
     one_update(recipe)
     base = load_base(recipe, world, place.screen)
     place.screen.stage("Data", recipe.data.train)
-    pairs = prepare_pairs(recipe, base.vocabulary, place.screen)
+    pairs = _few_to_judge(prepare_pairs(recipe, base.vocabulary, place.screen), recipe.evaluate.rows)
     groups = scored_pairs(pairs.rows["train"], pairs.groups["train"], recipe.preference)
     shares = dict(zip((REWARD, JUDGE), halves(pairs.rows["train"], recipe.data.seed), strict=True))
     if not recipe.preference.halves:
@@ -117,12 +118,21 @@ def agreement_with(
             accuracies[name] = right(np.concatenate(parts))
             accuracies["length"] = longer_wins(_answer_tokens(pairs))
     level, seed = recipe.evaluate.level, recipe.evaluate.seed
-    ids = tuple(row.id for row in rows)
+    groups = observations(rows, unit_of(rows, recipe.data))
+    accuracies = {name: one_each(values, groups) for name, values in accuracies.items()}
+    ids = tuple(dict.fromkeys(groups))
     one, other = (_measurement(name, ids, accuracies[name]) for name in (REWARD, "length"))
     return {
         "pair_accuracy": {name: asdict(estimate(values, level, seed)) for name, values in accuracies.items()},
         "contrasts": [asdict(contrast(one, other, "pair_accuracy", level, seed))],
     }
+
+
+def _few_to_judge(pairs: Pairs, most: int | None) -> Pairs:
+    """At most so many test pairs; all of them for None."""
+    rows, groups = dict(pairs.rows), dict(pairs.groups)
+    rows["test"], groups["test"] = rows["test"][:most], groups["test"][:most]
+    return replace(pairs, rows=rows, groups=groups)
 
 
 def _learned(place: Place, name: str, groups: Sequence[Group], pairs: Pairs, seed: int) -> Judged:
@@ -228,12 +238,14 @@ def _results(place: Place, pairs: Pairs, judged: Mapping[str, Judged]) -> dict[s
     level, seed = recipe.evaluate.level, recipe.evaluate.seed
     tokens = _answer_tokens(pairs.groups["test"])
     scores = judged[REWARD].scores
-    by_arm = {
+    groups = observations(pairs.rows["test"], pairs.unit)
+    each = {
         **{name: right(one.scores) for name, one in judged.items()},
         "length": longer_wins(tokens),
         "untrained": right(judged[REWARD].untrained),
     }
-    ids = tuple(row.id for row in pairs.rows["test"])
+    by_arm = {name: one_each(values, groups) for name, values in each.items()}
+    ids = tuple(dict.fromkeys(groups))
     measured = {name: _measurement(name, ids, values) for name, values in by_arm.items()}
     others = [name for name in ("length", "untrained", JUDGE) if name in measured]
     contrasts = [contrast(measured[REWARD], measured[name], "pair_accuracy", level, seed) for name in others]
@@ -244,7 +256,7 @@ def _results(place: Place, pairs: Pairs, judged: Mapping[str, Judged]) -> dict[s
         "method": "reward",
         "base": recipe.base,
         "task": {"metric": "pair_accuracy"},
-        "verdict": asdict(verdict_on_reward(accuracy[REWARD], contrasts[0])),
+        "verdict": asdict(verdict_on_reward(accuracy[REWARD], contrasts[0], len(scores))),
         "subject": REWARD,
         "models": {
             name: {
@@ -256,9 +268,13 @@ def _results(place: Place, pairs: Pairs, judged: Mapping[str, Judged]) -> dict[s
         },
         "baselines": {name: {"pair_accuracy": asdict(accuracy[name])} for name in ("length", "untrained")},
         "contrasts": [asdict(one) for one in contrasts],
-        **({"agreement": asdict(agreement(scores, judged[JUDGE].scores, level, seed))} if JUDGE in judged else {}),
-        "calibration": calibration(scores * judged[REWARD].deviation, level, seed),
-        "by_length": within_lengths(scores, tokens, level, seed),
+        **(
+            {"agreement": asdict(agreement(scores, judged[JUDGE].scores, groups, level, seed))}
+            if JUDGE in judged
+            else {}
+        ),
+        "calibration": calibration(scores * judged[REWARD].deviation, groups, level, seed),
+        "by_length": within_lengths(scores, tokens, groups, level, seed),
         "scores": scores_of(scores),
         "plan": {
             name: {

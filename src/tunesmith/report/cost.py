@@ -25,25 +25,30 @@ _CHUNK_ROWS = 256  # resamples drawn at once: 256 x 100,000 items stay under 0.3
 def savings(arms: Mapping[str, Mapping[str, Any]], tuned: str, prompted: str, parameters: int) -> dict[str, Any]:
     """What one request to `tuned` saves against `prompted`, and when that repays the training.
 
-    fraction = 1 - tuned tokens / prompted tokens; negative when the tuned arm reads more. An unknown is None.
+    fraction = 1 - tuned prompt tokens / prompted ones; negative when the tuned arm reads more. Compute is saved by all
+    tokens, those of the answers too. An unknown is None.
     """
-    before = _number(arms.get(prompted, {}).get("prompt_tokens_per_request"))
-    after = _number(arms.get(tuned, {}).get("prompt_tokens_per_request"))
+    before, after = (_number(arms.get(arm, {}).get("prompt_tokens_per_request")) for arm in (prompted, tuned))
+    wrote, writes = (
+        _number(arms.get(arm, {}).get("completion_tokens_per_request")) or 0.0 for arm in (prompted, tuned)
+    )
     training_flops = _number((arms.get(tuned, {}).get("train") or {}).get("flops"))
     saved = before - after if before is not None and after is not None else None
+    in_all = None if saved is None else saved + wrote - writes
     return {
         "tuned": tuned,
         "prompted": prompted,
         "prompt_tokens_saved_per_request": saved,
         "prompt_tokens_saved_fraction": saved / before if saved is not None and before else None,
-        "flops_saved_per_request": None if saved is None else FLOPS_PER_PARAMETER_AND_TOKEN * parameters * saved,
+        "tokens_saved_per_request": in_all,
+        "flops_saved_per_request": None if in_all is None else FLOPS_PER_PARAMETER_AND_TOKEN * parameters * in_all,
         "training_flops": training_flops,
-        "break_even_requests": break_even_requests(training_flops, saved, parameters),
+        "break_even_requests": break_even_requests(training_flops, in_all, parameters),
     }
 
 
 def break_even_requests(training_flops: float | None, saved_tokens: float | None, parameters: int) -> int | None:
-    """Requests after which the prompt tokens saved have repaid training: ceil(training FLOPs / (2 N saved)).
+    """Requests after which the tokens saved have repaid training: ceil(training FLOPs / (2 N saved)).
 
     None when nothing is saved or the cost of training is unknown.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..types import Estimate
+from ..types import FEWEST_ROWS, Estimate
 from . import words
 from .record import RunRecord, as_estimate, is_number, part
 
@@ -45,7 +45,7 @@ def finding(run: RunRecord) -> str:
         shown = words.metric_text(metric, score.value)
         return f"{tuned} scores {shown} {name} on {basis} ({interval(metric, score)})."
     found: Estimate = row["estimate"]
-    clear = found.low > 0 or found.high < 0
+    clear = found.n >= FEWEST_ROWS and (found.low > 0 or found.high < 0)
     against = words.arm_label(run, run.prompted)
     before, after = run.estimate(run.prompted), words.metric_text(metric, score.value)
     told = f"from {words.metric_text(metric, before.value)} with {against} " if before else f"over {against} "
@@ -91,12 +91,12 @@ def general_loss_change(run: RunRecord, arm: str | None) -> Estimate | None:
 
 
 def break_even(run: RunRecord) -> str:
-    """When training is repaid by the prompt tokens saved, in words."""
+    """When training is repaid by the tokens saved, in words."""
     requests = part(run.results, "savings", "break_even_requests")
     if is_number(requests):
         return f"repaid after {words.rounded_count(requests)} requests"
     if is_number(part(run.results, "savings", "prompt_tokens_saved_fraction")):
-        return "training is not repaid in prompt tokens"
+        return "training is not repaid in tokens"
     return "break-even not known"
 
 

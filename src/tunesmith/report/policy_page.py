@@ -46,6 +46,8 @@ def policy_page(run: RunRecord) -> Page:
         more={
             "base": _base(run),
             "judge": _judge(run),
+            "asked": _asked(run, 0),
+            "prompts_trained": part(run.results, "data", "split_by") == "answer",
             "method": run.method,
             "setbacks": _setbacks(run),
             "metric_label": words.metric_label(run.metric),
@@ -66,12 +68,16 @@ def _finding(run: RunRecord) -> str:
         moved = f"{away.value:.1f} nats per sequence" if away else "an unmeasured distance"
         return f"{name} moved the model {moved} away from {_base(run)}. Nothing judged its answers."
     share = words.metric_text("win_rate", won.value)
-    told = f"{share} of {words.count(won.n)} held-out prompts by {_judge(run)} ({findings.interval('win_rate', won)})"
+    told = f"{share} of {_asked(run, won.n)} by {_judge(run)} ({findings.interval('win_rate', won)})"
     distance = f", {away.value:.1f} nats per sequence away from it" if away else ""
     if won.low > 0.5:
         return f"{name} wins against {_base(run)} on {told}{distance}."
     verb = "loses to" if won.high < 0.5 else "is not shown to win against"
     return f"{name} {verb} {_base(run)}: it wins on {told}{distance}."
+
+
+def _asked(run: RunRecord, n: int) -> str:
+    return str(part(run.results, "asked") or f"{words.count(n)} held-out prompts")
 
 
 def _tiles(run: RunRecord) -> list[Tile]:
