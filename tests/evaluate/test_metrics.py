@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluate import metrics
@@ -59,6 +61,10 @@ def test_any_answer_scores_between_0_and_1(name: str, answer: str) -> None:
         ("Don't", "dont", True),
         ("3.14", "314", False),
         ("-5", "5", False),
+        ("-$5", "$5", False),
+        ("-US$5", "US$5", False),
+        ("-\\$5", "-$5", True),
+        ("$3-$5", "$3 $5", True),
         ("C++", "C", False),
         ("C#", "c", True),
         ("ＣＡＦＥ", "cafe", True),
@@ -78,12 +84,21 @@ def test_normalised_match_folds_form_but_not_meaning(answer: str, reference: str
         ("No, thanks", "no", True),
         ("costs $5.", "$5", True),
         ("costs $50", "$5", False),
+        ("The answer is 1.5", "5", False),
+        ("The answer is 1.5", "1", False),
+        ("15,000", "15", False),
+        ("15,000", "000", False),
+        ("version 1.5.2", "1.5", False),
+        ("The answer is 5.", "5", True),
+        ("5, and no more", "5", True),
+        ("The answer is 1.5.", "1.5", True),
+        ("one of [4, 5]", "5", True),
         ("答案是北京。", "北京", True),
         ("new\n york city", "New York", True),
         ("anything", "", False),
     ],
 )
-def test_contains_respects_words(answer: str, reference: str, found: bool) -> None:
+def test_contains_respects_words_and_numbers(answer: str, reference: str, found: bool) -> None:
     assert metrics.contains(answer, reference) == float(found)
 
 
@@ -95,6 +110,17 @@ def test_contains_respects_words(answer: str, reference: str, found: bool) -> No
         ("1\u202f234", "1234", True),
         ("\N{MINUS SIGN}5 degrees", "-5", True),
         ("5-3", "3", True),
+        ("The balance is $3", "-$3", False),
+        ("-$3", "-3", True),
+        ("\N{MINUS SIGN}€1,234.50", "-1234.5", True),
+        ("-US$ .5", "-0.5", True),
+        ("**-\\$3**", "-3", True),
+        ("$-3", "-3", True),
+        ("- $3", "3", True),
+        ("A-$3", "3", True),
+        ("$3-$5", "5", True),
+        ("3€-€5", "5", True),
+        ("$3$-$5$", "5", True),
         ("12 %", "0.12", True),
         ("12", "12%", True),
         ("0.12", "12%", True),
@@ -130,8 +156,39 @@ def test_rouge_l_is_the_longest_common_subsequence() -> None:
     assert metrics.rouge_l("the gunman kill police", "police killed the gunman") == pytest.approx(2 / 4)
 
 
+ASCII_TEXT = st.text(st.sampled_from("aaabBC19  _-'.\n"), max_size=40)
+
+
+@given(ASCII_TEXT, ASCII_TEXT)
+def test_rouge_l_equals_rouge_score_where_an_ascii_text_has_words(answer: str, reference: str) -> None:
+    assume(any(character.isalnum() for character in answer + reference))
+    assert metrics.rouge_l(answer, reference) == RougeScorer(["rougeL"]).score(reference, answer)["rougeL"].fmeasure
+
+
 def test_rouge_l_counts_words_of_any_script() -> None:
     assert metrics.rouge_l("привет мир", "привет мир") == 1.0
+
+
+@pytest.mark.parametrize("score", [metrics.rouge_l, metrics.token_f1])
+def test_a_letter_is_a_word_in_a_script_without_spaces(score: Callable[[str, str], float]) -> None:
+    assert score("我喜欢北京的天气", "我喜欢南京的天气") == 7 / 8
+    assert score("我用Python 3", "我用 Python 3") == 1.0
+    assert score("東京タワー", "東京ドーム") == 3 / 5
+    for one, other in [("ที่ไหน", "ที่ใหน"), ("ລາວນີ້", "ລາວນັ້ນ"), ("ខ្មែរ", "ខ្មោច"), ("မြန်မာ", "မြန်မြန်")]:
+        assert 0.0 < score(one, other) < 1.0
+
+
+@pytest.mark.parametrize("score", [metrics.rouge_l, metrics.token_f1])
+def test_a_letter_keeps_its_marks(score: Callable[[str, str], float]) -> None:
+    assert score("की", "कि") == 0.0
+    assert score("ที่", "ที") == 0.0
+    assert score("हिन्दी में लिखो", "हिन्दी में पढ़ो") == pytest.approx(2 / 3)
+
+
+def test_rouge_l_of_texts_without_words_asks_whether_they_are_the_same() -> None:
+    assert metrics.rouge_l("🎉 ", "🎉") == 1.0
+    assert metrics.rouge_l("😀", "🎉") == 0.0
+    assert metrics.rouge_l("🎉 hello", "🎉") == 0.0
 
 
 def test_json_must_be_strict() -> None:
@@ -182,6 +239,24 @@ def test_json_match_holds_for_any_value_however_it_is_spelt(value: object) -> No
 def test_call_match_compares_name_and_arguments(answer: str, reference: str, same: bool) -> None:
     assert metrics.call_match(answer, reference) == float(same)
     assert metrics.call_match(reference, reference) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("around", "between"),
+    [("{}", "\n"), ("{}", ""), ("```\n{}\n```", "\n\n"), ("\n{}\n", " ")],
+)
+def test_several_tool_call_blocks_are_several_calls_in_their_order(around: str, between: str) -> None:
+    blocks = [f"<tool_call>\n{call}\n</tool_call>" for call in ('{"name": "f", "arguments": {"x": 1}}', "g()")]
+    text = around.format(between.join(blocks))
+    for score in (metrics.call_match, metrics.call_name_match):
+        assert score(text, "[f(x=1), g()]") == score("[f(x=1), g()]", text) == score(text, text) == 1.0
+        assert score(between.join(reversed(blocks)), text) == score(blocks[0], text) == 0.0
+    assert metrics.call_match(text, "[f(x=2), g()]") == 0.0
+
+
+@pytest.mark.parametrize("between", [" and ", "<tool_call></tool_call>", "<tool_call>not so</tool_call>"])
+def test_a_tool_call_block_beside_anything_else_is_no_call(between: str) -> None:
+    assert metrics.call_match(f"<tool_call>f()</tool_call>{between}<tool_call>f()</tool_call>", "[f(), f()]") == 0.0
 
 
 def test_call_name_match_ignores_arguments() -> None:

@@ -2,7 +2,8 @@
 
 Read are Python expressions (`client("s3").create_bucket(Bucket="b")`), JSON tool calls
 (`{"name": "f", "arguments": {"x": 1}}`, arguments also as a JSON string, as OpenAI's API sends them), and lists of
-either. Markup around a call (a code fence, `<tool_call>` tags) is not part of it.
+either. Markup around a call (a code fence, `<tool_call>` tags) is not part of it; several `<tool_call>` blocks, as
+models write parallel calls, are a list.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 LONGEST_CALL_CHARACTERS = 20_000
 _FENCE = re.compile(r"\A```\w*\s(.*)```\Z", re.DOTALL)
 _TOOL_CALL_TAG = re.compile(r"</?tool_call>")
+_BETWEEN_TOOL_CALLS = re.compile(r"</tool_call>\s*<tool_call>")
 # The parser's own stack limits raise MemoryError and RecursionError; both mean "not a call that anyone wrote".
 _UNREADABLE = (SyntaxError, ValueError, MemoryError, RecursionError)
 
@@ -46,24 +48,13 @@ def parse_json(text: str) -> Any:
 
 def parse_calls(text: str) -> list[Call] | None:
     """The calls written in `text`, or None where it is anything but one call or a list of calls."""
-    text = _TOOL_CALL_TAG.sub("", text).strip()
-    fenced = _FENCE.match(text)
-    text = (fenced[1] if fenced else text).strip().strip("`").strip()
-    if not text or len(text) > LONGEST_CALL_CHARACTERS:
-        return None
-    try:
-        return _calls_of_json(parse_json(text))
-    except ValueError:
-        pass
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(text, mode="eval").body
-            nodes = tree.elts if isinstance(tree, ast.List) else [tree]
-            calls = [_call_of_node(node) for node in nodes if isinstance(node, ast.Call)]
-            return calls if calls and len(calls) == len(nodes) else None
-    except _UNREADABLE:
-        return None
+    calls: list[Call] = []
+    for block in _BETWEEN_TOOL_CALLS.split(_unfenced(text)):
+        written = _calls_of_block(_unfenced(_TOOL_CALL_TAG.sub("", block)).strip("`").strip())
+        if written is None:
+            return None
+        calls += written
+    return calls
 
 
 def same_call(one: Call, other: Call) -> bool:
@@ -88,6 +79,30 @@ def same_value(one: Any, other: Any) -> bool:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _unfenced(text: str) -> str:
+    text = text.strip()
+    fenced = _FENCE.match(text)
+    return fenced[1].strip() if fenced else text
+
+
+def _calls_of_block(text: str) -> list[Call] | None:
+    if not text or len(text) > LONGEST_CALL_CHARACTERS:
+        return None
+    try:
+        return _calls_of_json(parse_json(text))
+    except ValueError:
+        pass
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text, mode="eval").body
+            nodes = tree.elts if isinstance(tree, ast.List) else [tree]
+            calls = [_call_of_node(node) for node in nodes if isinstance(node, ast.Call)]
+            return calls if calls and len(calls) == len(nodes) else None
+    except _UNREADABLE:
+        return None
 
 
 def _calls_of_json(value: Any) -> list[Call] | None:

@@ -54,10 +54,18 @@ Metric = Callable[[str, str], float]
 _NUMBER = re.compile(
     r"(?<![\w.])[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,4})?(?:\s*%)?"
 )
+# Dollar, cent to yen, baht, Unicode's block of currency marks, wide forms.
+_CURRENCY = r"$\u00a2-\u00a5\u0e3f\u20a0-\u20cf＄￡￥￦"
+_MONEY = rf"[A-Za-z]{{0,2}}[{_CURRENCY}]"  # also US$, R$
+# The sign of `-$3`, but not the dash between two amounts: `$3-$5`, `3€-€5`, in LaTeX `$3$-$5$`.
+_SIGNED_MONEY = re.compile(rf"(?<![\w.{_CURRENCY}])([-+]){_MONEY}\s?(?=\.?\d)")
 _DIGIT_GROUP_GAP = re.compile(r"(?<=\d)[\u00a0\u2009\u202f'’_](?=\d{3}(?!\d))")
 # Kept: a decimal point, thousands comma or colon inside a number, and a minus sign. Group 1: everything else.
-_PUNCTUATION = re.compile(r"(?<=\d)[.,:](?=\d)|(?<![\w.])-(?=\d)|([^\w\s]|_)")
+_PUNCTUATION = re.compile(rf"(?<=\d)[.,:](?=\d)|(?<![\w.])-(?=(?:{_MONEY})?\d)|([^\w\s]|_)")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+# A letter of a script without spaces between words, with the vowel and tone marks on it.
+_UNSPACED_LETTER = regex.compile(r"(?=\p{L})[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*")
+_WORD = regex.compile(r"(?:\p{L}\p{M}*|\p{N})+")
 _PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
 
 
@@ -83,19 +91,24 @@ def normalised_match(answer: str, reference: str) -> float:
 
 
 def contains(answer: str, reference: str) -> float:
-    """1 where the reference stands in the answer, case and whitespace folded, not as a part of a longer word."""
+    """1 where the reference stands in the answer, case and whitespace folded, not as a part of a longer word or number.
+
+    "5" stands in "It is 5." but not in "1.5", nor "15" in "15,000".
+    """
     needle, haystack = (" ".join(text.casefold().split()) for text in (reference, answer))
     if not needle:
         return float(not haystack)
-    pattern = _edge(needle[0], r"(?<!\w)") + re.escape(needle) + _edge(needle[-1], r"(?!\w)")
-    return float(re.search(pattern, haystack) is not None)
+    before = _edge(needle[0], r"(?<!\w)", r"(?<!\d[.,])")
+    after = _edge(needle[-1], r"(?!\w)", r"(?![.,]\d)")
+    return float(re.search(before + re.escape(needle) + after, haystack) is not None)
 
 
 def numeric_match(answer: str, reference: str) -> float:
     """1 where the last number of the answer equals the last number of the reference.
 
-    Commas group thousands. Integers must agree exactly, others to one part in a million. Where only one side has a
-    percent sign, `12 %` equals both 12 and 0.12. Raises DataError for a reference without a number.
+    Commas group thousands; a sign may stand before a currency mark, as in `-$3`. Integers must agree exactly, others
+    to one part in a million. Where only one side has a percent sign, `12 %` equals both 12 and 0.12. Raises DataError
+    for a reference without a number.
     """
     expected, given = _last_number(reference), _last_number(answer)
     if expected is None:
@@ -113,7 +126,10 @@ def numeric_match(answer: str, reference: str) -> float:
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of word precision and recall, words counted as SQuAD does (Rajpurkar et al. 2016, 1606.05250)."""
+    """Harmonic mean of word precision and recall, words counted as SQuAD does (Rajpurkar et al. 2016, 1606.05250).
+
+    In scripts without spaces between words every letter is one, as MLQA counts Chinese (Lewis et al. 2020, 1910.07475).
+    """
     given, wanted = _squad_words(answer), _squad_words(reference)
     if not given or not wanted:
         return float(given == wanted)
@@ -123,8 +139,12 @@ def token_f1(answer: str, reference: str) -> float:
 def rouge_l(answer: str, reference: str) -> float:
     """F1 of the longest common subsequence of words (Lin 2004), 0..1, without stemming.
 
-    Words are runs of letters and digits of any script; on ASCII text this equals rouge-score's own splitting.
+    Words are runs of letters and digits of any script, letters with their marks; in scripts without spaces between
+    words every letter is one. On ASCII text this equals rouge-score's own splitting. Texts without words (emoji,
+    punctuation) score 1 where they are the same.
     """
+    if not (_words(answer) or _words(reference)):
+        return exact_match(answer, reference)
     return float(_rouge().score(reference, answer)["rougeL"].fmeasure)
 
 
@@ -281,7 +301,7 @@ def _needs_a_model(name: str, items: Sequence[Item], answers: Sequence[str]) -> 
 
 
 def _fold(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text).casefold().replace("'", "").replace("’", "")
+    text = unicodedata.normalize("NFKC", text).casefold().replace("'", "").replace("’", "").replace("\\$", "$")
     return " ".join(_PUNCTUATION.sub(_space_for_punctuation, text).split())
 
 
@@ -291,14 +311,17 @@ def _space_for_punctuation(match: re.Match[str]) -> str:
     return match[0] if kept else " "
 
 
-def _edge(character: str, boundary: str) -> str:
+def _edge(character: str, of_word: str, of_number: str) -> str:
     """Scripts without spaces between words (category Lo) have no word boundary to ask for."""
-    return boundary if character.isalnum() and unicodedata.category(character) != "Lo" else ""
+    if not character.isalnum() or unicodedata.category(character) == "Lo":
+        return ""
+    return of_word + of_number if character.isdecimal() else of_word
 
 
 def _last_number(text: str) -> tuple[Decimal, bool] | None:
     """The last number as written, and whether a percent sign follows."""
-    found = _NUMBER.findall(_DIGIT_GROUP_GAP.sub("", text.replace("\N{MINUS SIGN}", "-")))
+    text = _SIGNED_MONEY.sub(r"\1", text.replace("\N{MINUS SIGN}", "-").replace("\\$", "$"))
+    found = _NUMBER.findall(_DIGIT_GROUP_GAP.sub("", text))
     return (Decimal(found[-1].rstrip("%").strip().replace(",", "")), found[-1].endswith("%")) if found else None
 
 
@@ -310,7 +333,11 @@ def _close(one: Decimal, other: Decimal) -> bool:
 
 def _squad_words(text: str) -> list[str]:
     bare = "".join(character for character in text.lower() if character not in string.punctuation)
-    return _ARTICLES.sub(" ", bare).split()
+    return _ARTICLES.sub(" ", _UNSPACED_LETTER.sub(r" \g<0> ", bare)).split()
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(_UNSPACED_LETTER.sub(r" \g<0> ", text.lower()))
 
 
 def _reference_calls(reference: str) -> list[Call]:
@@ -328,7 +355,7 @@ class _Words:
     """Splits words for rouge-score, whose own splitter drops every letter outside a-z."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[^\W_]+", text.lower())
+        return _words(text)
 
 
 @functools.cache
