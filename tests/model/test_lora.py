@@ -230,6 +230,24 @@ def test_an_unknown_target_names_the_layers_there_are(fresh_model: Model) -> Non
         attach_lora(fresh_model.hf, LoraShape(rank=4, alpha=8.0, target=("c_attn",)), head=fresh_model.head)
 
 
+@pytest.mark.parametrize("target", [("lm_head",), ("q_proj", "lm_head")])
+@pytest.mark.parametrize("lowest", [0, 1], ids=["lora", "economy"])
+def test_the_output_layer_as_a_target_is_refused_and_not_left_untrained(
+    target: tuple[str, ...], lowest: int, fresh_model: Model
+) -> None:
+    shape = LoraShape(rank=4, alpha=8.0, target=target, lowest=lowest)
+    with pytest.raises(ModelError, match=r"lora\.target.*output layer.*lm_head.*\nLeave lm_head out"):
+        attach_lora(fresh_model.hf, shape, head=fresh_model.head)
+
+
+def test_a_foreign_adapter_of_the_output_layer_is_refused_with_its_folder(fresh_model: Model, tmp_path: Path) -> None:
+    shape = LoraShape(rank=4, alpha=8.0, target=("lm_head",))
+    attach_lora(fresh_model.hf, shape)  # as if it were any layer
+    save_adapter(fresh_model, shape, tmp_path / "adapter")
+    with pytest.raises(ModelError, match=f"{tmp_path / 'adapter'}: .*output layer"):
+        load_adapter(load(str(fresh_model.vocabulary.folder), World()), tmp_path / "adapter")
+
+
 def test_a_saved_model_answers_bit_for_bit(fresh_model: Model, tmp_path: Path) -> None:
     save_model(fresh_model, tmp_path / "model")
     again = load(str(tmp_path / "model"), World())

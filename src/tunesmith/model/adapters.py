@@ -114,6 +114,9 @@ def read_adapter(folder: Path) -> Adapter:
 def load_adapter(model: Model, folder: Path) -> LoraShape:
     """Attach an adapter written by save_adapter or by PEFT. Raises ModelError if it does not belong to the model."""
     adapter = read_adapter(folder)
+    if any(child is model.head for name, child in model.hf.named_modules() if name in adapter.pairs):
+        what = "the adapter changes the output layer, where Tunesmith takes none"
+        raise ModelError(what, where=str(folder), fix="Merge it with PEFT, and use the merged model.")
     attach_lora(model.hf, adapter.shape, head=model.head)
     layers = lora_layers(model.hf)
     adapter.check(layers)

@@ -99,8 +99,9 @@ class LoraLinear(Linear):
 def attach_lora(module: nn.Module, shape: LoraShape, *, head: nn.Module | None = None) -> int:
     """Freeze `module`, give its linear layers adapters in place, and return the number of trainable parameters.
 
-    `head`, the output layer, is left alone unless `shape.target` names it. Raises ModelError when nothing matches.
+    `head`, the output layer, has none. Raises ModelError when `shape.target` names it, or nothing that there is.
     """
+    _refuse_head(module, shape, head)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     total = 0
@@ -121,6 +122,14 @@ def attach_lora(module: nn.Module, shape: LoraShape, *, head: nn.Module | None =
             fix=f"The model has: {', '.join(names)}." if names else "Use update: full for this architecture.",
         )
     return total
+
+
+def _refuse_head(module: nn.Module, shape: LoraShape, head: nn.Module | None) -> None:
+    """Log-probabilities come from the head's own matrix (score.py), which would pass an adapter by."""
+    leaf = next((name.rsplit(".", 1)[-1] for name, child in module.named_modules() if child is head), "")
+    if leaf in (shape.target or ()):
+        what = f"the output layer, {leaf}, takes no adapter"
+        raise ModelError(what, where="lora.target", fix=f"Leave {leaf} out of it, or use update: full.")
 
 
 def linear_names(module: nn.Module, head: nn.Module | None = None) -> list[str]:
