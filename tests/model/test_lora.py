@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -240,12 +241,15 @@ def test_the_output_layer_as_a_target_is_refused_and_not_left_untrained(
         attach_lora(fresh_model.hf, shape, head=fresh_model.head)
 
 
-def test_a_foreign_adapter_of_the_output_layer_is_refused_with_its_folder(fresh_model: Model, tmp_path: Path) -> None:
-    shape = LoraShape(rank=4, alpha=8.0, target=("lm_head",))
-    attach_lora(fresh_model.hf, shape)  # as if it were any layer
-    save_adapter(fresh_model, shape, tmp_path / "adapter")
-    with pytest.raises(ModelError, match=f"{tmp_path / 'adapter'}: .*output layer"):
-        load_adapter(load(str(fresh_model.vocabulary.folder), World()), tmp_path / "adapter")
+def test_a_foreign_adapter_of_the_output_layer_is_refused_with_its_folder(
+    adapted: Model, fresh_model: Model, tmp_path: Path
+) -> None:
+    folder = save_adapter(adapted, SHAPE, tmp_path / "adapter")
+    sides = {"lora_A": torch.zeros(4, 64), "lora_B": torch.zeros(len(fresh_model.head_weight), 4)}
+    tensors = {f"base_model.model.lm_head.{side}.weight": matrix for side, matrix in sides.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=f"{folder}: .*output layer"):
+        load_adapter(fresh_model, folder)
 
 
 def test_a_saved_model_answers_bit_for_bit(fresh_model: Model, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from .builtin import builtin_model, cache_folder
 from .fused import use_fused
 from .gguf import convert_gguf
 from .linear import Linear, use_fast_linear, widen_others
-from .lora import block_of
+from .lora import block_of, freeze_beside, language_model
 from .merge import merge_files
 from .probe import apart, hold_still, probe, probed_blocks
 from .stored import FLOAT32, kept_as
@@ -130,8 +130,8 @@ class Model:
         return sum(weights for name, weights in self._products() if (block_of(name) or 0) < lowest)
 
     def _products(self) -> Iterator[tuple[str, int]]:
-        """Name and number of weights of every linear layer but the head."""
-        for name, module in self.hf.named_modules():
+        """Name and number of weights of every linear layer of the language model but the head."""
+        for name, module in language_model(self.hf).named_modules():
             if isinstance(module, (Linear, Conv1D)) and module is not self.head:
                 yield name, module.weight.numel()
 
@@ -201,7 +201,9 @@ def load_vocabulary(base: str) -> Vocabulary:
         notes.append(
             "the model has no chat template; turns are joined by line ends, answers end with the end-of-text token"
         )
-    named = [generation.eos_token_id if generation else None, tokenizer.eos_token_id, config.eos_token_id]
+    text = config.get_text_config()  # its part about text, where a model also sees or hears
+    ends = getattr(config, "eos_token_id", None) or text.eos_token_id
+    named = [generation.eos_token_id if generation else None, tokenizer.eos_token_id, ends]
     ids = [i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
     if not ids:
         raise ModelError(
@@ -210,7 +212,7 @@ def load_vocabulary(base: str) -> Vocabulary:
     return Vocabulary(
         tokenizer=tokenizer,
         eos_ids=tuple(dict.fromkeys(int(i) for i in ids)),
-        context_tokens=int(getattr(config, "max_position_embeddings", 2048)),
+        context_tokens=int(getattr(text, "max_position_embeddings", 2048)),
         folder=folder,
         notes=tuple(notes),
     )
@@ -240,6 +242,7 @@ def load(base: str, world: World, weights: Weights = "auto") -> Model:
         raise _unreadable(vocabulary.folder, f"the weights lack {min(report['missing_keys'])}")
     hf.to(world.device)
     hf.eval()
+    freeze_beside(hf)
     use_fast_linear(hf)
     if world.device.type == "cpu" and kept.value != "float32":
         widen_others(hf)
