@@ -140,7 +140,8 @@ def language_model(module: nn.Module) -> nn.Module:
 
 def freeze_beside(hf: PreTrainedModel) -> None:
     """Leave what sees or hears as it is: text gives it no gradient."""
-    read = {*language_model(hf).parameters(), *hf.get_output_embeddings().parameters()}
+    head = hf.get_output_embeddings()
+    read = {*language_model(hf).parameters(), *(head.parameters() if head is not None else ())}
     for parameter in hf.parameters():
         if parameter not in read:
             parameter.requires_grad_(False)

@@ -41,7 +41,7 @@ def hold_still(hf: PreTrainedModel) -> list[str]:
     for module in hf.modules():
         kind = vars(module).get("rope_type")
         if isinstance(kind, str) and "dynamic" in kind:
-            module.rope_type, held = "default", True  # read nowhere else once the module is made
+            vars(module)["rope_type"], held = "default", True  # read nowhere else once the module is made
     longest = hf.config.get_text_config().max_position_embeddings if held else 0
     return [f"what goes beyond {longest} tokens is not stretched for (rope_type dynamic)"] if held else []
 
