@@ -133,7 +133,10 @@ class LoraSpec(Spec):
     learning_rate: float | None = Field(
         default=None, gt=0, lt=1, description="overrides train.learning_rate for lora and economy"
     )
-    target: list[str] | None = Field(default=None, description="names of linear layers; all but the head unless given")
+    target: list[str] | None = Field(
+        default=None,
+        description="names of linear layers, the output layer excepted; all unless given",
+    )
     weights: Weights = Field(
         default="auto",
         description="how the frozen base is kept in memory: as stored takes half where that is bfloat16, with the same "

@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tunesmith.data.pack import pack_one
+from tunesmith.data.pack import pack_groups, pack_one
 from tunesmith.data.render import prompt_tokens
 from tunesmith.errors import FolderError, TrainingError
 from tunesmith.methods.annotate import Group, annotate
 from tunesmith.methods.grpo import GrpoLoss, grpo_examples
-from tunesmith.methods.ppo import PpoLoss, ppo_examples
+from tunesmith.methods.order import shuffled
+from tunesmith.methods.ppo import PpoLoss, imitated, ppo_examples
 from tunesmith.methods.rollout import (
     Answer,
     RolloutPlan,
@@ -272,6 +273,43 @@ def test_every_group_is_seen_once_in_each_pass(policy: Model, tmp_path: Path) ->
             names = [name.split("#")[0] for name in seen]
             assert sorted(int(name.split("#")[1]) for name in seen) == list(range(16))
             assert all(len(set(names[place : place + 4])) == 1 for place in range(0, 16, 4))
+
+
+def beside(model: Model, reference: Model) -> Shape:
+    """PPO with an example to imitate beside every answer."""
+    sampled, rows = critic(model, reference, 0.05), [shown(model, f"Like {n}?", ARMS[0]) for n in range(8)]
+
+    def shape(groups: Sequence[Group], scores: Sequence[float], before: Mapping[str, float]):  # type: ignore[no-untyped-def]
+        ready, told = sampled(groups, scores, before)
+        return ready + imitated(rows, 0.5), told
+
+    return shape
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_step_has_its_share_of_answers_and_of_what_is_imitated_beside(
+    seed: int, policy: Model, tmp_path: Path
+) -> None:
+    attach_value_head(policy)
+    plan = replace(PLAN, rollouts=1, prompts=8, group=1, epochs=3, batch=2, seed=seed)
+    source = steps(policy, tmp_path, plan=plan, shape=beside(policy, policy))
+    passes = [[name for batch in source(step) for name in batch.ids] for step in range(source.steps)]
+    assert len(passes) == 12
+    for names in passes:
+        assert sum(name.startswith("Like") for name in names) == 2
+        assert len(names) == 4
+    for epoch in range(3):
+        assert len({name for names in passes[4 * epoch : 4 * epoch + 4] for name in names}) == 16
+
+
+def test_a_rollout_in_one_step_keeps_its_order_with_and_without_imitation(policy: Model, tmp_path: Path) -> None:
+    attach_value_head(policy)
+    plan = replace(PLAN, rollouts=1, prompts=8, group=1, epochs=2, batch=8, budget_tokens=1)
+    source = steps(policy, tmp_path, plan=plan, shape=beside(policy, policy))
+    for epoch in range(2):
+        found = [name for batch in source(epoch) for name in batch.ids]
+        whole = [source.groups[n] for n in shuffled(plan.seed, 1_000_003 + epoch, 16)]
+        assert found == [name for batch in pack_groups(whole, budget_tokens=1) for name in batch.ids]
 
 
 def test_the_items_are_gone_through_before_one_is_asked_again(policy: Model, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from tunesmith.model.attention import PackedAttention
 from tunesmith.model.blocks import blocks_of
-from tunesmith.model.load import Model, probed_blocks
+from tunesmith.model.load import Model
 from tunesmith.model.lora import LoraShape, adapters_off, attach_lora, lora_layers
+from tunesmith.model.probe import probed_blocks
 from tunesmith.tensors import Layout
 
 SMALL = {

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
@@ -24,8 +27,10 @@ from transformers import (
 from tunesmith.data.pack import pack
 from tunesmith.errors import ModelError
 from tunesmith.methods.sft import CrossEntropy, SftSteps
+from tunesmith.model.adapters import load_adapter, read_adapter, save_adapter
 from tunesmith.model.load import PLAIN_TEMPLATE, Model, load, load_vocabulary
-from tunesmith.model.lora import LoraShape, attach_lora
+from tunesmith.model.lora import LoraShape, attach_lora, lora_layers
+from tunesmith.model.many import Adapters
 from tunesmith.model.sample import Sampling, sample
 from tunesmith.model.score import score
 from tunesmith.train.fit import fit
@@ -50,6 +55,18 @@ PACKED: dict[str, PreTrainedConfig] = {
 }
 SOFT_CAPPED = Gemma2Config(
     **GROUPED, head_dim=8, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, initializer_range=0.3
+)
+
+SEEING = Gemma3Config(
+    text_config={**GROUPED, "head_dim": 8, "max_position_embeddings": 512},
+    vision_config={
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
 )
 
 
@@ -149,6 +166,53 @@ def test_what_cannot_be_packed_still_learns(
     how = Optimization(learning_rate=1e-2)
     losses = [done.loss for done in fit(model, source, CrossEntropy(), how, tmp_path / "checkpoints", World())]
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_of_a_model_that_also_sees_the_language_model_is_taken(
+    make: Callable[[PreTrainedConfig], Path], tiny_examples: list[Example]
+) -> None:
+    model = load(str(make(SEEING)), World())
+    assert model.vocabulary.context_tokens == 512
+    assert model.eos_ids == (2,)
+    assert model.product_parameters == 2 * 32 * (4 * 8 * 2 + 2 * 8 * 2 + 3 * 48) + 300 * 32
+    (batch,) = pack(tiny_examples[:3], budget_tokens=4096)
+    with torch.no_grad():
+        found = score(model, batch).log_probs
+    torch.testing.assert_close(found, plain_log_probs(model, tiny_examples[:3]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by peft
+def test_what_a_model_sees_with_has_no_adapters_in_training_in_peft_and_in_serving(
+    make: Callable[[PreTrainedConfig], Path], tmp_path: Path
+) -> None:
+    base = str(make(SEEING))
+    model = load(base, World())
+    shape = LoraShape(rank=2, alpha=4.0)
+    attach_lora(model.hf, shape, head=model.head)
+    layers = set(lora_layers(model.hf))
+    assert len(layers) == 2 * 7
+    assert all("language_model" in name for name in layers)
+    folder = save_adapter(model, shape, tmp_path / "adapter")
+    load_adapter(load(base, World()), folder)
+    Adapters(load(base, World())).add("one", read_adapter(folder))
+    opened = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    adapted = [name for name, child in opened.named_modules() if isinstance(child, LoraLayer)]
+    assert {name.removeprefix("base_model.model.") for name in adapted} == layers
+
+
+@pytest.mark.parametrize("update", ["lora", "full"])
+def test_a_model_that_also_sees_learns(
+    update: str, make: Callable[[PreTrainedConfig], Path], tiny_examples: list[Example], tmp_path: Path
+) -> None:
+    model = load(str(make(SEEING)), World())
+    if update == "lora":
+        attach_lora(model.hf, LoraShape(rank=2, alpha=4.0), head=model.head)
+    seen = {name: p.detach().clone() for name, p in model.hf.named_parameters() if "vision" in name}
+    source = SftSteps(tiny_examples[:4], batch=4, epochs=6.0, budget_tokens=2048, world=World(), packs=model.packs)
+    how = Optimization(learning_rate=1e-2, weight_decay=0.1)
+    losses = [done.loss for done in fit(model, source, CrossEntropy(), how, tmp_path / "checkpoints", World())]
+    assert losses[-1] < losses[0] - 0.2
+    assert all(torch.equal(p, seen[name]) for name, p in model.hf.named_parameters() if name in seen)
 
 
 def test_a_base_without_a_chat_template_gets_the_plain_one_and_says_so(copied: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -228,6 +229,27 @@ def test_a_damaged_adapter_is_refused_with_its_folder(
 def test_an_unknown_target_names_the_layers_there_are(fresh_model: Model) -> None:
     with pytest.raises(ModelError, match=r"no linear layer is called c_attn\n.*down_proj, gate_proj"):
         attach_lora(fresh_model.hf, LoraShape(rank=4, alpha=8.0, target=("c_attn",)), head=fresh_model.head)
+
+
+@pytest.mark.parametrize("target", [("lm_head",), ("q_proj", "lm_head")])
+@pytest.mark.parametrize("lowest", [0, 1], ids=["lora", "economy"])
+def test_the_output_layer_as_a_target_is_refused_and_not_left_untrained(
+    target: tuple[str, ...], lowest: int, fresh_model: Model
+) -> None:
+    shape = LoraShape(rank=4, alpha=8.0, target=target, lowest=lowest)
+    with pytest.raises(ModelError, match=r"lora\.target.*output layer.*lm_head.*\nLeave lm_head out"):
+        attach_lora(fresh_model.hf, shape, head=fresh_model.head)
+
+
+def test_a_foreign_adapter_of_the_output_layer_is_refused_with_its_folder(
+    adapted: Model, fresh_model: Model, tmp_path: Path
+) -> None:
+    folder = save_adapter(adapted, SHAPE, tmp_path / "adapter")
+    sides = {"lora_A": torch.zeros(4, 64), "lora_B": torch.zeros(len(fresh_model.head_weight), 4)}
+    tensors = {f"base_model.model.lm_head.{side}.weight": matrix for side, matrix in sides.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=f"{folder}: .*output layer"):
+        load_adapter(fresh_model, folder)
 
 
 def test_a_saved_model_answers_bit_for_bit(fresh_model: Model, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import ModelError
-from tunesmith.model.adapters import load_adapter, read_adapter, save_adapter
+from tunesmith.model.adapters import Adapter, load_adapter, read_adapter, save_adapter
 from tunesmith.model.cache import Cache, Decode
 from tunesmith.model.few_rows import steady_answer
 from tunesmith.model.load import Model, load
@@ -117,11 +117,10 @@ def test_a_removed_adapter_is_refused_not_replaced_by_the_base(
 
 def test_an_adapter_of_the_output_layer_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
     model = load(str(tiny_model_folder), World())
-    shape = LoraShape(rank=2, alpha=2.0, target=("lm_head",))
-    attach_lora(model.hf, shape, head=model.head)
-    folder = save_adapter(model, shape, tmp_path / "head")
+    pairs = {"lm_head": (torch.zeros(2, 64), torch.zeros(len(model.head_weight), 2))}
+    foreign = Adapter(shape=LoraShape(rank=2, alpha=2.0, target=("lm_head",)), pairs=pairs, folder=tmp_path)
     with pytest.raises(ModelError, match="output layer"):
-        Adapters(load(str(tiny_model_folder), World())).add("head", read_adapter(folder))
+        Adapters(model).add("head", foreign)
 
 
 def test_an_adapter_with_numbers_that_are_none_is_refused(folders: dict[str, Path], tiny_model_folder: Path) -> None:

@@ -265,6 +265,15 @@ def test_a_policy_without_what_it_needs_is_refused_before_a_folder_is_made(
     assert not Path(raw["out"]).exists()
 
 
+def test_imitation_of_prompts_without_answers_is_refused(policy: Callable[..., Raw], tmp_path: Path) -> None:
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"Say {n}"}) + "\n" for n in range(30)), encoding="utf-8")
+    raw = policy("ppo", data={"train": str(rows), "near_duplicates": 1.0}, policy={"mix": 0.5, "prompts": 4})
+    with pytest.raises(RecipeError, match=r"policy\.mix: .*without answers to imitate"):
+        run(parse_recipe(raw))
+    assert not Path(raw["out"]).exists()
+
+
 def test_a_reward_model_is_no_base(policy: Callable[..., Raw], reward_run: RunFolder) -> None:
     with pytest.raises(ModelError, match="gives scores, not answers"):
         run(parse_recipe(policy("dpo", base=str(reward_run.path))))

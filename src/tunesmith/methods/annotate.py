@@ -19,7 +19,12 @@ Group = tuple[Example, ...]
 
 @torch.no_grad()
 def annotate(
-    model: Model, groups: Sequence[Sequence[Example]], names: Mapping[Need, str], *, budget_tokens: int
+    model: Model,
+    groups: Sequence[Sequence[Example]],
+    names: Mapping[Need, str],
+    *,
+    budget_tokens: int,
+    temperature: float = 1.0,
 ) -> list[Group]:
     """The groups with one more number per trained token: `extra[names[need]]` is that part of the model's Scores."""
     flat = [example for group in groups for example in group]
@@ -27,7 +32,7 @@ def annotate(
     numbered = [[replace(example, id=str(next(numbers))) for example in group] for group in groups]
     extras = [dict(example.extra) for example in flat]
     for batch in pack_groups(numbered, budget_tokens=budget_tokens if model.packs else 1, share=model.packs):
-        parts = score(model, batch.to(model.device), frozenset(names)).parts
+        parts = score(model, batch.to(model.device), frozenset(names), temperature).parts
         owner = batch.owner.numpy()
         for need, name in names.items():
             values = parts[need].float().cpu().numpy()

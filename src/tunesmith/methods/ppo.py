@@ -105,6 +105,11 @@ def imitated(examples: Sequence[Example], weight: float) -> list[Group]:
     ]
 
 
+def imitates(group: Group) -> bool:
+    """Whether the group is one of `imitated`, and holds no answer."""
+    return any(bool(example.extra["mix"].any()) for example in group if "mix" in example.extra)
+
+
 def adapted(kl: float, seen: float, target: float, episodes: int, horizon: int = 10_000) -> float:
     """The next penalty coefficient when sequences were `seen` nats from the reference and should be `target`."""
     error = float(np.clip((seen - target) / target, -0.2, 0.2))

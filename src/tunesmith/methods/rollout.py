@@ -29,6 +29,7 @@ from ..tensors import Batch
 from ..types import Completion, Example, Item
 from .annotate import Group
 from .order import shuffled
+from .ppo import imitates
 
 Reference = Callable[[], AbstractContextManager[Model]]
 
@@ -116,13 +117,21 @@ class RolloutSteps:
             self._turn_to(rollout, begins=inner == 0)
         epoch, part = divmod(inner, self.plan.parts)
         order = shuffled(self.plan.seed, 1_000_003 * (rollout + 1) + epoch, len(self.groups))
-        chosen = np.array_split(order, self.plan.parts)[part]
-        chosen = chosen if len(chosen) else order[[part % len(order)]]
+        chosen = self._share(order, part)
         packs = self.model.packs
         budget = self.plan.budget_tokens if packs else 1
         # Answers to a prompt stand in one stream to share it, not because the loss compares them.
         groups = [part for n in chosen for part in cut_to_fit(self.groups[n], budget_tokens=budget, share=packs)]
         return pack_groups(groups, budget_tokens=budget, share=packs)
+
+    def _share(self, order: np.ndarray, part: int) -> list[int]:
+        """A part's share of the answers, never none, and of what is imitated beside them, in the order of both."""
+        beside = np.array([imitates(self.groups[n]) for n in order])
+        answers, shown = (np.array_split(order[kind], self.plan.parts)[part] for kind in (~beside, beside))
+        if not len(answers):
+            answers = order[~beside][[part % int((~beside).sum())]]
+        mine = {*answers.tolist(), *shown.tolist()}
+        return [int(n) for n in order if n in mine]
 
     def _turn_to(self, rollout: int, begins: bool) -> None:
         path = self.store / f"{rollout:06d}.safetensors"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..folder import write_json, write_manifest, written_aside
 from .load import Model, without_progress_bars
-from .lora import LoraShape, attach_lora, block_of, lora_layers
+from .lora import LoraShape, attach_lora, block_of, language_model, lora_layers
 
 _PREFIX = "base_model.model."
 _BEYOND_PLAIN = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
@@ -39,7 +39,8 @@ def save_adapter(model: Model, shape: LoraShape, out: Path, beside: Beside = not
             tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_a.detach().float().contiguous().cpu()
             tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_b.detach().float().contiguous().cpu()
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        leaves = sorted({name.rsplit(".", 1)[-1] for name in lora_layers(model.hf)})
+        names = sorted(lora_layers(model.hf))
+        leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -47,7 +48,8 @@ def save_adapter(model: Model, shape: LoraShape, out: Path, beside: Beside = not
             "r": shape.rank,
             "lora_alpha": shape.alpha,
             "lora_dropout": 0.0,
-            "target_modules": leaves,
+            # What sees or hears beside the language model may have layers of the same names.
+            "target_modules": leaves if language_model(model.hf) is model.body else names,
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
@@ -114,6 +116,9 @@ def read_adapter(folder: Path) -> Adapter:
 def load_adapter(model: Model, folder: Path) -> LoraShape:
     """Attach an adapter written by save_adapter or by PEFT. Raises ModelError if it does not belong to the model."""
     adapter = read_adapter(folder)
+    if any(child is model.head for name, child in model.hf.named_modules() if name in adapter.pairs):
+        what = "the adapter changes the output layer, where Tunesmith takes none"
+        raise ModelError(what, where=str(folder), fix="Merge it with PEFT, and use the merged model.")
     attach_lora(model.hf, adapter.shape, head=model.head)
     layers = lora_layers(model.hf)
     adapter.check(layers)

@@ -33,21 +33,19 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from ..errors import ModelError
 from ..folder import RunFolder, is_run_folder, manifest_problem, read_json, sha256_file
 from ..recipe import Weights
-from ..tensors import Layout
 from ..types import Derived
 from ..world import World
-from .attention import NAME, PackedAttention, register
-from .blocks import Blocks, blocks_of
+from .attention import NAME, register
+from .blocks import Blocks
 from .builtin import builtin_model, cache_folder
 from .fused import use_fused
 from .gguf import convert_gguf
 from .linear import Linear, use_fast_linear, widen_others
-from .lora import block_of
+from .lora import block_of, freeze_beside, language_model
 from .merge import merge_files
+from .probe import apart, hold_still, probe, probed_blocks
 from .stored import FLOAT32, kept_as
 
-# How far two ways to the same numbers may lie apart: each in float32, and in bfloat16 all, as a share of their length.
-EXACT, ROUNDED = 1e-3, 0.15
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 _RUNS_CODE = {"auto_map", "trust_remote_code", "attn_implementation"}
 PLAIN_TEMPLATE = (
@@ -132,8 +130,8 @@ class Model:
         return sum(weights for name, weights in self._products() if (block_of(name) or 0) < lowest)
 
     def _products(self) -> Iterator[tuple[str, int]]:
-        """Name and number of weights of every linear layer but the head."""
-        for name, module in self.hf.named_modules():
+        """Name and number of weights of every linear layer of the language model but the head."""
+        for name, module in language_model(self.hf).named_modules():
             if isinstance(module, (Linear, Conv1D)) and module is not self.head:
                 yield name, module.weight.numel()
 
@@ -203,7 +201,9 @@ def load_vocabulary(base: str) -> Vocabulary:
         notes.append(
             "the model has no chat template; turns are joined by line ends, answers end with the end-of-text token"
         )
-    named = [generation.eos_token_id if generation else None, tokenizer.eos_token_id, config.eos_token_id]
+    text = config.get_text_config()  # its part about text, where a model also sees or hears
+    ends = getattr(config, "eos_token_id", None) or text.eos_token_id
+    named = [generation.eos_token_id if generation else None, tokenizer.eos_token_id, ends]
     ids = [i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
     if not ids:
         raise ModelError(
@@ -212,7 +212,7 @@ def load_vocabulary(base: str) -> Vocabulary:
     return Vocabulary(
         tokenizer=tokenizer,
         eos_ids=tuple(dict.fromkeys(int(i) for i in ids)),
-        context_tokens=int(getattr(config, "max_position_embeddings", 2048)),
+        context_tokens=int(getattr(text, "max_position_embeddings", 2048)),
         folder=folder,
         notes=tuple(notes),
     )
@@ -242,20 +242,20 @@ def load(base: str, world: World, weights: Weights = "auto") -> Model:
         raise _unreadable(vocabulary.folder, f"the weights lack {min(report['missing_keys'])}")
     hf.to(world.device)
     hf.eval()
+    freeze_beside(hf)
     use_fast_linear(hf)
     if world.device.type == "cpu" and kept.value != "float32":
         widen_others(hf)
     use_fused(hf)
-    notes = list(vocabulary.notes)
+    notes = [*vocabulary.notes, *hold_still(hf)]
     difference = probe(hf, world.device)
     if math.isnan(difference):
         raise _unreadable(vocabulary.folder, "its log-probabilities are not numbers")
-    packs = difference < (ROUNDED if world.device.type == "cuda" else EXACT)
-    if not packs:
+    reason = apart(hf, difference, vocabulary.context_tokens)
+    packs = not reason
+    if reason:
         hf.set_attn_implementation("eager")  # the reference: others drop what they do not know (soft caps, sinks)
-        notes.append(
-            f"{type(hf).__name__} answers differently when packed ({difference:.1e}); one example a row instead"
-        )
+        notes.append(f"{type(hf).__name__} {reason}; one example a row instead")
     blocks = probed_blocks(hf) if packs else None
     return Model(hf=hf, vocabulary=vocabulary, packs=packs, weights=kept, blocks=blocks, notes=tuple(notes))
 
@@ -281,59 +281,6 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             enable_progress_bar()
-
-
-@torch.no_grad()
-def probe(hf: PreTrainedModel, device: torch.device) -> float:
-    """Difference in log-probability between three packed rows and the model's own forward pass.
-
-    The largest; on a GPU, where single ones are rounded far, all of them over what distinguishes the tokens. The second
-    row continues the first (a shared prompt); the third stands alone.
-    """
-    head = hf.get_output_embeddings()
-    assert isinstance(head, nn.Linear)
-    size = int(head.weight.shape[0])
-    generator = torch.Generator().manual_seed(0)
-    first, second, third = (torch.randint(0, size, (n,), generator=generator).to(device) for n in (7, 5, 9))
-    layout = Layout(lengths=(7, 5, 9), parents=(-1, 0, -1))
-    positions = torch.cat([torch.arange(7), torch.arange(7, 12), torch.arange(9)]).to(device)
-    try:
-        hidden = hf.base_model(
-            input_ids=torch.cat([first, second, third])[None],
-            position_ids=positions[None],
-            use_cache=False,
-            attend=PackedAttention(layout),
-        ).last_hidden_state[0]
-        packed = torch.log_softmax(hidden.float() @ head.weight.float().T, -1)
-        hf.set_attn_implementation("eager")
-        whole = [torch.cat([first, second]), third]
-        plain = torch.cat([hf(row[None], use_cache=False).logits[0] for row in whole])
-        plain = torch.log_softmax(plain.float(), -1)
-        apart, spread = packed - plain, plain - plain.mean(-1, keepdim=True)
-        difference = apart.norm() / spread.norm() if device.type == "cuda" else apart.abs().max()
-    except (ModelError, TypeError, RuntimeError, AttributeError):
-        return float("inf")
-    finally:
-        hf.set_attn_implementation(NAME)
-    return float(difference)
-
-
-@torch.no_grad()
-def probed_blocks(hf: PreTrainedModel) -> Blocks | None:
-    """The blocks of `hf`, if it is made of them and they give the hidden states of its own forward."""
-    found = blocks_of(hf)
-    if found is None:
-        return None
-    size, device = int(hf.get_input_embeddings().weight.shape[0]), hf.device  # type: ignore[arg-type]
-    tokens = torch.randint(0, size, (9,), generator=torch.Generator().manual_seed(1)).to(device)
-    positions, attend = torch.arange(9, device=device), PackedAttention(Layout(lengths=(9,), parents=(-1,)))
-    own = hf.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False, attend=attend)
-    answer, own_answer = found.answer(tokens, positions, attend), own.last_hidden_state[0]
-    if device.type == "cuda":
-        near = float((answer - own_answer).norm() / own_answer.norm()) < ROUNDED
-    else:
-        near = torch.allclose(answer, own_answer, rtol=EXACT, atol=EXACT)
-    return found if near else None
 
 
 def check_folder(folder: Path) -> None:

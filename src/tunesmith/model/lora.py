@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from .few_rows import answer, meets_whole
@@ -99,13 +100,14 @@ class LoraLinear(Linear):
 def attach_lora(module: nn.Module, shape: LoraShape, *, head: nn.Module | None = None) -> int:
     """Freeze `module`, give its linear layers adapters in place, and return the number of trainable parameters.
 
-    `head`, the output layer, is left alone unless `shape.target` names it. Raises ModelError when nothing matches.
+    `head`, the output layer, has none. Raises ModelError when `shape.target` names it, or nothing that there is.
     """
+    _refuse_head(module, shape, head)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    total = 0
+    total, inside = 0, set(language_model(module).modules())
     for name, child in module.named_modules():
-        if not isinstance(child, Linear) or not wanted(name, shape, is_head=child is head):
+        if not isinstance(child, Linear) or child not in inside or not wanted(name, shape, is_head=child is head):
             continue
         child.__class__ = LoraLinear
         assert isinstance(child, LoraLinear)
@@ -121,6 +123,28 @@ def attach_lora(module: nn.Module, shape: LoraShape, *, head: nn.Module | None =
             fix=f"The model has: {', '.join(names)}." if names else "Use update: full for this architecture.",
         )
     return total
+
+
+def _refuse_head(module: nn.Module, shape: LoraShape, head: nn.Module | None) -> None:
+    """Log-probabilities come from the head's own matrix (score.py), which would pass an adapter by."""
+    leaf = next((name.rsplit(".", 1)[-1] for name, child in module.named_modules() if child is head), "")
+    if leaf in (shape.target or ()):
+        what = f"the output layer, {leaf}, takes no adapter"
+        raise ModelError(what, where="lora.target", fix=f"Leave {leaf} out of it, or use update: full.")
+
+
+def language_model(module: nn.Module) -> nn.Module:
+    """The part below the output layer that reads text; beside it some models have parts that see or hear."""
+    return module.get_decoder() if isinstance(module, PreTrainedModel) else module
+
+
+def freeze_beside(hf: PreTrainedModel) -> None:
+    """Leave what sees or hears as it is: text gives it no gradient."""
+    head = hf.get_output_embeddings()
+    read = {*language_model(hf).parameters(), *(head.parameters() if head is not None else ())}
+    for parameter in hf.parameters():
+        if parameter not in read:
+            parameter.requires_grad_(False)
 
 
 def linear_names(module: nn.Module, head: nn.Module | None = None) -> list[str]:

@@ -16,7 +16,7 @@ from .adapters import Adapter
 from .few_rows import steady_answer
 from .linear import Linear, met_as, steady_product
 from .load import Model
-from .lora import wanted
+from .lora import language_model, wanted
 from .sample import Row
 
 
@@ -60,8 +60,9 @@ class Adapters:
         self.known: set[str] = set()
         self.used: list[str] = []
         self.layers: dict[str, SharedLinear] = {}
+        inside = {*language_model(model.hf).modules(), model.head}
         for name, layer in model.hf.named_modules():
-            if type(layer) is Linear:
+            if type(layer) is Linear and layer in inside:
                 layer.__class__ = SharedLinear
                 assert isinstance(layer, SharedLinear)
                 layer.low_rank = {}

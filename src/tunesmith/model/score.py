@@ -28,18 +28,22 @@ GPU_TILE_NUMBERS = 2**28
 LOG_PROBS: frozenset[Need] = frozenset({"log_probs"})
 
 
-def score(model: Model, batch: Batch, needs: Set[Need] = LOG_PROBS) -> Scores:
-    """What `needs` names: log-probability in nats of each target, and the scalar head's value where it is predicted."""
+def score(model: Model, batch: Batch, needs: Set[Need] = LOG_PROBS, temperature: float = 1.0) -> Scores:
+    """What `needs` names: log-probability in nats of each target, and the scalar head's value where it is predicted.
+
+    Log-probabilities are of what is drawn from at `temperature`.
+    """
     parts: dict[Need, Tensor] = {}
     if not model.packs:
         if "log_probs" in needs:
-            parts["log_probs"] = _score_plainly(model, batch)
+            parts["log_probs"] = _score_plainly(model, batch, temperature)
         if "values" in needs:
             parts["values"] = _values(model, _hidden_plainly(model, batch))
         return Scores(parts=parts)
     hidden = hidden_states(model, batch)
     if "log_probs" in needs:
-        parts["log_probs"] = target_log_probs(hidden, model.head_weight, batch.targets)
+        cooled = hidden if temperature == 1 else hidden / temperature  # logits are a product with the hidden state
+        parts["log_probs"] = target_log_probs(cooled, model.head_weight, batch.targets)
     if "values" in needs:
         parts["values"] = _values(model, hidden)
     return Scores(parts=parts)
@@ -148,12 +152,12 @@ def _tiles(hidden: Float[Tensor, "S D"], weight: Float[Tensor, "V D"], rows: int
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _score_plainly(model: Model, batch: Batch) -> Tensor:
+def _score_plainly(model: Model, batch: Batch, temperature: float) -> Tensor:
     """One segment at a time through the model's own forward: for architectures that cannot be packed."""
     parts = []
     for start, length, mine in _rows_alone(batch):
         logits = model.hf(batch.tokens[None, start : start + length], use_cache=False).logits[0]
-        chosen = torch.log_softmax(logits[batch.index[mine] - start].float(), -1)
+        chosen = torch.log_softmax(logits[batch.index[mine] - start].float() / temperature, -1)
         parts.append(chosen.gather(1, batch.targets[mine, None])[:, 0])
     return torch.cat(parts)
 

@@ -47,7 +47,8 @@ class Panel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """Answers to the items of a split, one each: scores by name [N] and nats from the reference [N]."""
+    """Answers to the items of a split, one each: scores by name [N] and nats from the reference [N],
+    both models at the temperature of the answers."""
 
     answers: tuple[Answer, ...]
     scores: Mapping[str, Float[np.ndarray, "N"]]
@@ -104,8 +105,12 @@ def look(
     answers = ask(model, items, 1, how, seed=how.seed)
     asked = seconds() - begun
     groups = [(answer.example,) for answer in answers]
+    # Nats between what both draw from: what was noted while drawing is of temperature 1.
+    warmth = {"budget_tokens": SCORE_TOKENS, "temperature": how.temperature}
+    if how.temperature != 1:
+        groups = annotate(model, groups, {"log_probs": "old_log_probs"}, **warmth)
     with reference() as before:
-        annotated = annotate(before, groups, {"log_probs": "reference"}, budget_tokens=SCORE_TOKENS)
+        annotated = annotate(before, groups, {"log_probs": "reference"}, **warmth)
     kl = [float((e.extra["old_log_probs"] - e.extra["reference"])[e.weights > 0].sum()) for (e,) in annotated]
     scores = {
         name: np.array([s if math.isfinite(s) else panel.missing_end for s in reward(answers)])

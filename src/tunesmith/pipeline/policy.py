@@ -46,6 +46,9 @@ def learn_from_rewards(place: Place) -> None:
     base = load_base(recipe, world, screen)
     screen.stage("Data", recipe.data.train)
     prompts = prepare_prompts(recipe, base.vocabulary, screen)
+    if recipe.method == "ppo" and recipe.policy.mix and not prompts.examples:
+        fix = "Give rows with answers, or leave policy.mix out."
+        raise RecipeError("data.train has prompts alone, without answers to imitate", where="policy.mix", fix=fix)
     with ExitStack() as stack:
         panel = open_panel(recipe, place.root, base, world, stack)
         align(place, base, prompts, panel, lambda model: _begin(place, model, prompts, panel))

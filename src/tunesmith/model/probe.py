@@ -1,0 +1,105 @@
+"""May rows share a stream? What a model must hold to, and a probe at loading of what it does.
+
+Log-probabilities of packed rows must equal those of the model's own forward pass, and no row may change how the rows
+beside it are turned by their places.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import ModelError
+from ..tensors import Layout
+from .attention import NAME, PackedAttention
+from .blocks import Blocks, blocks_of
+
+# How far two ways to the same numbers may lie apart: each in float32, and in bfloat16 all, as a share of their length.
+EXACT, ROUNDED = 1e-3, 0.15
+
+
+def apart(hf: PreTrainedModel, difference: float, context_tokens: int) -> str:
+    """Why rows may not share a stream, given what `probe` found; nothing where they may."""
+    if difference >= (ROUNDED if hf.device.type == "cuda" else EXACT):
+        return f"answers differently when packed ({difference:.1e})"
+    # transformers turns all of a call as its longest row wants it, in training and in every step of an answer.
+    lengths = [t["original_max_position_embeddings"] for t in _turns(hf) if t.get("rope_type") == "longrope"]
+    if lengths and min(lengths) < context_tokens:
+        return f"turns rows over {min(lengths)} tokens otherwise, and with them those beside them"
+    return ""
+
+
+def hold_still(hf: PreTrainedModel) -> list[str]:
+    """Keep `dynamic` turns as they are within the context, which is where rows are; a note says so.
+
+    transformers changes them with the longest row so far, so that what came before would change what comes after.
+    """
+    held = False
+    for module in hf.modules():
+        kind = vars(module).get("rope_type")
+        if isinstance(kind, str) and "dynamic" in kind:
+            vars(module)["rope_type"], held = "default", True  # read nowhere else once the module is made
+    longest = hf.config.get_text_config().max_position_embeddings if held else 0
+    return [f"what goes beyond {longest} tokens is not stretched for (rope_type dynamic)"] if held else []
+
+
+def _turns(hf: PreTrainedModel) -> list[dict[str, Any]]:
+    """Parameters of the rotary embedding, or of each where kinds of layers have their own."""
+    found = hf.config.get_text_config().to_dict().get("rope_parameters") or {}
+    return [part for part in found.values() if isinstance(part, dict)] or [found]
+
+
+@torch.no_grad()
+def probe(hf: PreTrainedModel, device: torch.device) -> float:
+    """Difference in log-probability between three packed rows and the model's own forward pass.
+
+    The largest; on a GPU, where single ones are rounded far, all of them over what distinguishes the tokens. The second
+    row continues the first (a shared prompt); the third stands alone.
+    """
+    head = hf.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    size = int(head.weight.shape[0])
+    generator = torch.Generator().manual_seed(0)
+    first, second, third = (torch.randint(0, size, (n,), generator=generator).to(device) for n in (7, 5, 9))
+    layout = Layout(lengths=(7, 5, 9), parents=(-1, 0, -1))
+    positions = torch.cat([torch.arange(7), torch.arange(7, 12), torch.arange(9)]).to(device)
+    try:
+        hidden = hf.base_model(
+            input_ids=torch.cat([first, second, third])[None],
+            position_ids=positions[None],
+            use_cache=False,
+            attend=PackedAttention(layout),
+        ).last_hidden_state[0]
+        packed = torch.log_softmax(hidden.float() @ head.weight.float().T, -1)
+        hf.set_attn_implementation("eager")
+        whole = [torch.cat([first, second]), third]
+        plain = torch.cat([hf(row[None], use_cache=False).logits[0] for row in whole])
+        plain = torch.log_softmax(plain.float(), -1)
+        apart, spread = packed - plain, plain - plain.mean(-1, keepdim=True)
+        difference = apart.norm() / spread.norm() if device.type == "cuda" else apart.abs().max()
+    except (ModelError, TypeError, RuntimeError, AttributeError):
+        return float("inf")
+    finally:
+        hf.set_attn_implementation(NAME)
+    return float(difference)
+
+
+@torch.no_grad()
+def probed_blocks(hf: PreTrainedModel) -> Blocks | None:
+    """The blocks of `hf`, if it is made of them and they give the hidden states of its own forward."""
+    found = blocks_of(hf)
+    if found is None:
+        return None
+    size, device = int(hf.get_input_embeddings().weight.shape[0]), hf.device  # type: ignore[arg-type]
+    tokens = torch.randint(0, size, (9,), generator=torch.Generator().manual_seed(1)).to(device)
+    positions, attend = torch.arange(9, device=device), PackedAttention(Layout(lengths=(9,), parents=(-1,)))
+    own = hf.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False, attend=attend)
+    answer, own_answer = found.answer(tokens, positions, attend), own.last_hidden_state[0]
+    if device.type == "cuda":
+        near = float((answer - own_answer).norm() / own_answer.norm()) < ROUNDED
+    else:
+        near = torch.allclose(answer, own_answer, rtol=EXACT, atol=EXACT)
+    return found if near else None
