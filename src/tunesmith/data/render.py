@@ -77,7 +77,8 @@ def _answer(
         raise DataError(
             "the chat template writes the answer elsewhere than where the model would be asked for it",
             where=conversation.source,
-            fix="Use a base model whose template ends the prompt where the answer begins.",
+            fix="Use a base model whose template ends the prompt where the answer begins. If it can think, take the "
+            "thoughts (<think>) out of the answers: it is trained and asked to answer without.",
         )
     _refuse_early_end(conversation, turn, tokenizer, eos_ids)
     ids = encode(tokenizer, after[len(before) :])
@@ -137,6 +138,9 @@ def _text(
         [as_dict(message) for message in messages],
         tools=[dict(tool) for tool in tools] or None,  # type: ignore[arg-type]
         add_generation_prompt=opens,
+        # Qwen3's template writes an empty block of thoughts before the last answer, and before the answer that it asks
+        # for only when told not to think: else the block would be trained, answered and graded. Others ignore it.
+        enable_thinking=False,
         tokenize=False,
     )
     assert isinstance(text, str)

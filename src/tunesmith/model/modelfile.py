@@ -103,7 +103,8 @@ def _fits(wording: Wording, tokenizer: PreTrainedTokenizerBase, prompts: Sequenc
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, turns: Turns, *, opens: bool = False) -> str:
-    made = tokenizer.apply_chat_template([dict(turn) for turn in turns], add_generation_prompt=opens, tokenize=False)
+    how = {"add_generation_prompt": opens, "enable_thinking": False, "tokenize": False}  # as rows are rendered
+    made = tokenizer.apply_chat_template([dict(turn) for turn in turns], **how)  # type: ignore[arg-type]
     assert isinstance(made, str)
     return made
 
