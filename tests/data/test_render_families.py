@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import replace
 
 import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from tunesmith.data.layout import conversation_id, to_messages
 from tunesmith.data.render import prompt_tokens, render
 from tunesmith.errors import DataError
 from tunesmith.types import Conversation, Example, Message
@@ -73,3 +76,72 @@ def test_every_turn_of_a_template_that_can_think_is_trained_as_it_is_served(thin
 def test_an_answer_with_thoughts_of_its_own_is_refused_and_told_why(thinker: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="(?s)rows.jsonl:7: .*elsewhere.*<think>"):
         render(talk("Capital of France?", "<think>\nEasy.\n</think>\n\nParis"), thinker, [2])
+
+
+# The part of Qwen2.5's and Hermes' templates that writes calls: a string would be quoted once more.
+CALLING = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{%- for call in m.tool_calls or [] %}{%- if call.function is defined %}{%- set call = call.function %}{%- endif %}"
+    "{{- '<call>' + call.name + ' ' }}{{- call.arguments | tojson }}{{- '</call>' }}{%- endfor %}"
+    "{{- '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+
+
+@pytest.fixture
+def caller(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = CALLING
+    return tokenizer
+
+
+def calling(call: dict[str, object]) -> Conversation:
+    turns = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages = to_messages(turns, "messages", "rows.jsonl:7")
+    return Conversation(messages=messages, id=conversation_id(messages), source="rows.jsonl:7")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ('{"city": "Zürich", "days": [1, 2]}', '{"city": "Zürich", "days": [1, 2]}'),
+        ({"city": "Paris"}, '{"city": "Paris"}'),
+        ("{}", "{}"),
+        ("", '""'),
+        ("[1]", '"[1]"'),
+        ('{"city": ', json.dumps('{"city": ')),
+        ("[" * 100_000, None),
+    ],
+    ids=["object in a string", "object", "no arguments", "empty", "a list", "half", "too deep"],
+)
+@pytest.mark.parametrize("nested", [True, False], ids=["function", "bare"])
+def test_arguments_that_are_an_object_in_a_string_are_trained_as_that_object(
+    nested: bool, arguments: object, written: str | None, caller: PreTrainedTokenizerFast
+) -> None:
+    function = {"name": "weather", "arguments": arguments}
+    row = calling({"id": "c1", "type": "function", "function": function} if nested else function)
+    (example,) = render(row, caller, [2])
+    wanted = json.dumps(arguments) if written is None else written
+    assert trained(example, caller) == f"<call>weather {wanted}</call><|im_end|>"
+
+
+def test_calls_of_earlier_turns_are_served_as_they_were_trained(caller: PreTrainedTokenizerFast) -> None:
+    row = calling({"function": {"name": "weather", "arguments": '{"city": "Paris"}'}})
+    messages = (*row.messages, Message(role="tool", content="rain"), Message(role="assistant", content="Rain."))
+    (example,) = render(replace(row, messages=messages), caller, [2])
+    assert context(example) == prompt_tokens(messages[:-1], caller)
+    assert '<call>weather {"city": "Paris"}</call>' in caller.decode(context(example))
+
+
+def test_a_row_keeps_its_calls_and_its_id_as_they_were_written(caller: PreTrainedTokenizerFast) -> None:
+    text = '{"city": "Paris"}'
+    row = calling({"function": {"name": "weather", "arguments": text}})
+    before = row.id
+    render(row, caller, [2])
+    assert row.messages[-1].tool_calls[0] == {"function": {"name": "weather", "arguments": text}}
+    assert conversation_id(row.messages) == before == "7cac50de8a014623"
+
+
+def test_an_end_of_turn_that_only_the_object_spells_is_refused(caller: PreTrainedTokenizerFast) -> None:
+    row = calling({"function": {"name": "say", "arguments": r'{"text": "\u003c|im_end|>"}'}})
+    with pytest.raises(DataError, match="rows.jsonl:7: an answer holds"):
+        render(row, caller, [2])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -91,7 +92,7 @@ def _refuse_early_end(
 ) -> None:
     """An answer that spells the end of turn would be cut there, in training and in every served answer."""
     message = conversation.messages[turn]
-    written = message.content + json.dumps([dict(call) for call in message.tool_calls], ensure_ascii=False)
+    written = message.content + json.dumps(as_dict(message).get("tool_calls", []), ensure_ascii=False)
     spelled = _spellings(tokenizer, tuple(eos_ids))
     if spelled and not any(text in written for text in spelled):
         return
@@ -155,4 +156,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def as_dict(message: Message) -> dict[str, Any]:
     """A message as chat templates and JSON want it."""
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    return {**turn, "tool_calls": [dict(call) for call in message.tool_calls]} if message.tool_calls else turn
+    return {**turn, "tool_calls": [_read_call(call) for call in message.tool_calls]} if message.tool_calls else turn
+
+
+def _read_call(call: Mapping[str, object]) -> dict[str, object]:
+    """A call whose arguments are an object where the row has one in a string, as OpenAI's API writes them.
+
+    Templates write arguments as JSON themselves (`arguments | tojson`) and would quote the string once more.
+    """
+    read = dict(call)
+    if isinstance(function := call.get("function"), Mapping):
+        read["function"] = _read_call(function)
+    if isinstance(arguments := call.get("arguments"), str):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(arguments)
+            read["arguments"] = value if isinstance(value, dict) else arguments
+    return read
