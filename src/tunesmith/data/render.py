@@ -19,6 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
+from ..texts import text_tokens
 from ..types import Conversation, Example, Message
 
 
@@ -116,7 +117,7 @@ def _spellings(tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...]) -> 
 
 
 def _plain_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> Example:
-    tokens = [*encode(tokenizer, conversation.text), eos_ids[0]]
+    tokens = [*text_tokens(tokenizer, conversation.text), eos_ids[0]]
     return _example(tokens, [0.0] + [1.0] * (len(tokens) - 1), conversation, 0)
 
 

@@ -70,7 +70,7 @@ class Transformers:
     def prompt(self, row: Row) -> list[int]:
         """See Program."""
         if not row["messages"]:
-            return self.tokenizer(row["text"], add_special_tokens=False)["input_ids"][: len(row["tokens"])]
+            return self.tokenizer(row["text"])["input_ids"][: len(row["tokens"])]
         how = {"tools": row["tools"] or None, "add_generation_prompt": True, "return_dict": True}
         how["enable_thinking"] = False  # as it was trained and judged
         return self.tokenizer.apply_chat_template(row["messages"], **how)["input_ids"]
@@ -122,7 +122,7 @@ class LlamaCpp:
         """See Program."""
         if not row["messages"]:
             text = row["text"]
-            return self.model.tokenize(text.encode(), add_bos=False, special=True)[: len(row["tokens"])]
+            return self.model.tokenize(text.encode(), add_bos=True, special=True)[: len(row["tokens"])]
         text = self.template(messages=row["messages"], tools=row["tools"] or None).prompt
         return self.model.tokenize(text.encode(), add_bos=False, special=True)
 

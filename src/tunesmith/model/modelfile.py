@@ -69,7 +69,7 @@ def _wording(tokenizer: PreTrainedTokenizerBase) -> Wording | None:
     after_system = from_system.removesuffix(before_user)
     system = head.removeprefix(before_system).removesuffix(after_system)
     bos = str(tokenizer.bos_token or "")
-    if system == head == bos:  # the beginning of the text is added by whoever tokenises
+    if head == bos:  # the beginning of the text is added by whoever tokenises
         system, before_system = "", before_system.removeprefix(bos)
     around = {
         "system": (before_system, after_system),
