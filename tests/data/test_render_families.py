@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tunesmith.data.layout import conversation_id, to_messages
@@ -145,3 +145,64 @@ def test_an_end_of_turn_that_only_the_object_spells_is_refused(caller: PreTraine
     row = calling({"function": {"name": "say", "arguments": r'{"text": "\u003c|im_end|>"}'}})
     with pytest.raises(DataError, match="rows.jsonl:7: an answer holds"):
         render(row, caller, [2])
+
+
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+MISTRAL = (
+    "<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
+)
+GLUED = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # an answer may join the question's last word
+
+
+@pytest.fixture(scope="module")
+def marking() -> PreTrainedTokenizerFast:
+    """A tokenizer as Llama 2, Mistral and Zephyr have it: a text is normalised to begin with the mark of a space."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=120,
+        show_progress=False,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=list("▁[]/INSTabcdefghijklmnopqrstuvwxyzPC?<|>\n"),
+    )
+    tokenizer.train_from_iterator(["▁answer Paris▁Paris▁question▁is▁the[/INST][INST]▁"] * 8, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=ZEPHYR
+    )
+
+
+@pytest.mark.parametrize("template", [ZEPHYR, MISTRAL], ids=["zephyr", "mistral"])
+def test_a_tokenizer_that_marks_the_beginning_of_a_text_does_not_mark_the_answers(
+    template: str, marking: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = copy.deepcopy(marking)
+    tokenizer.chat_template = template
+    row = talk("is the question?", "Paris", "is the answer?", "Paris is")
+    (example,) = render(row, tokenizer, [2])
+    turns = [{"role": message.role, "content": message.content} for message in row.messages]
+    whole = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)["input_ids"]
+    assert example.tokens.tolist() == whole[: len(example.tokens)]
+    assert context(example) == prompt_tokens(row.prompt, tokenizer)
+    assert [said.strip() for said in trained(example, tokenizer).split("</s>")] == ["Paris", "Paris is", ""]
+    (first,) = render(replace(row, messages=row.messages[:2]), tokenizer, [2])
+    assert first.tokens.tolist() == example.tokens[: len(first.tokens)].tolist()
+    assert context(first) == prompt_tokens(row.messages[:1], tokenizer)
+
+
+def test_where_the_answer_joins_the_questions_last_word_it_follows_what_is_served(
+    marking: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer = copy.deepcopy(marking)
+    tokenizer.chat_template = GLUED
+    row = talk("the quest", "ion")
+    (example,) = render(row, tokenizer, [2])
+    assert context(example) == prompt_tokens(row.prompt, tokenizer)
+    assert example.tokens.tolist() != [*tokenizer("the question", add_special_tokens=False)["input_ids"], 2]
+    assert trained(example, tokenizer) == "ion</s>"

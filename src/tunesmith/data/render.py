@@ -42,7 +42,7 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, eos_i
             continue
         before = _turns(conversation, turn, tokenizer, opens=True)
         context = encode(tokenizer, before)
-        answer = _answer(conversation, turn, before, tokenizer, eos_ids)
+        answer = _answer(conversation, turn, before, context, tokenizer, eos_ids)
         if context[: len(tokens)] != tokens:
             examples.append(_example(tokens, weights, conversation, len(examples)))
             tokens, weights = [], []
@@ -71,9 +71,17 @@ def _turns(conversation: Conversation, count: int, tokenizer: PreTrainedTokenize
 
 
 def _answer(
-    conversation: Conversation, turn: int, before: str, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]
+    conversation: Conversation,
+    turn: int,
+    before: str,
+    context: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: Sequence[int],
 ) -> list[int]:
-    """Ids of the answer that follows `before`, up to and with its end, which is added where the template has none."""
+    """Ids of the answer that follows `before`, whose ids are `context`, up to and with its end.
+
+    The end is added where the template has none.
+    """
     after = _turns(conversation, turn + 1, tokenizer, opens=False)
     if not after.startswith(before):
         raise DataError(
@@ -83,9 +91,21 @@ def _answer(
             "thoughts (<think>) out of the answers: it is trained and asked to answer without.",
         )
     _refuse_early_end(conversation, turn, tokenizer, eos_ids)
-    ids = encode(tokenizer, after[len(before) :])
+    whole = encode(tokenizer, after) if _marks_beginnings(tokenizer) else []
+    # Alone, the answer would get a mark there that it does not have behind its context.
+    follows = bool(whole) and whole[: len(context)] == context
+    ids = whole[len(context) :] if follows else encode(tokenizer, after[len(before) :])
     end = next((place for place, token in enumerate(ids) if token in eos_ids), None)
     return [*ids, eos_ids[0]] if end is None else ids[: end + 1]
+
+
+@lru_cache(maxsize=4)
+def _marks_beginnings(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text's ids depend on its standing first: SentencePiece's normaliser puts a space before it.
+
+    Where they do not, a text is its parts' ids wherever no word is cut, and need not be encoded twice.
+    """
+    return encode(tokenizer, "a\nb") != encode(tokenizer, "a\n") + encode(tokenizer, "b")
 
 
 def _refuse_early_end(
