@@ -5,9 +5,11 @@ torch is imported only by the fixtures that need it, so that tests of reports an
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import traceback
@@ -74,6 +76,30 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
+
+
+@pytest.fixture(scope="session")
+def beginning_tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer without a template, beginning each text with its bos (id 1), as those of Llama's bases do."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{TURN_START} $A", pair=f"{TURN_START} $A {TURN_START} $B", special_tokens=[(TURN_START, 1)]
+    )
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def beginning_model_folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, beginning_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """The tiny model with that tokenizer."""
+    folder = shutil.copytree(tiny_model_folder, tmp_path_factory.mktemp("beginning") / "model")
+    (folder / "chat_template.jinja").unlink()
+    beginning_tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -51,3 +51,11 @@ def test_a_template_that_does_more_than_join_turns_is_not_told(tiny_tokenizer: A
 
 def test_a_turn_of_a_role_that_was_not_read_off_is_not_told(tiny_tokenizer: Any) -> None:
     assert "TEMPLATE" not in modelfile("m.gguf", tiny_tokenizer, [[USER, {"role": "tool", "content": "3"}]], [])
+
+
+def test_a_template_that_can_think_is_told_as_it_is_served(tiny_tokenizer: Any) -> None:
+    template = LLAMA_3.replace(
+        "<assistant>\n\n{% endif", "<assistant>\n\n{% if enable_thinking is false %}[]{% endif %}{% endif"
+    )
+    told = modelfile("m.gguf", with_template(tiny_tokenizer, template), [[USER], TALK], [])
+    assert '{{ end }}{{ end }}<assistant>\n\n[]"""' in told

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.errors import ModelError, RecipeError
+from tunesmith.evaluate.other_program import NO_THOUGHTS
 from tunesmith.model.load import load_vocabulary
 from tunesmith.screen import Screen
 from tunesmith.serve.engine import Limits
@@ -85,6 +86,14 @@ def test_a_fully_tuned_run_is_the_base_itself(finished_run: Path, tmp_path: Path
     assert words[1:4] == [str(run / "model"), "--served-model-name", "run"]
     assert words[words.index("--max-model-len") + 1] == "64"
     assert "--enable-lora" not in words
+
+
+def test_a_template_that_can_think_says_by_itself_that_there_are_no_thoughts(runs: Runs, tmp_path: Path) -> None:
+    vocabulary = load_vocabulary(str(runs.base))
+    vocabulary.tokenizer.chat_template = "{% if enable_thinking is false %}<think></think>{% endif %}"
+    arguments(line_up([str(runs.a)], ""), vocabulary, ("127.0.0.1", 8000), 64, tmp_path)
+    written = (tmp_path / "chat_template.jinja").read_text()
+    assert written == NO_THOUGHTS + vocabulary.tokenizer.chat_template
 
 
 def test_a_rank_that_vllm_has_no_room_for_is_refused_with_the_way_out(runs: Runs, tmp_path: Path) -> None:

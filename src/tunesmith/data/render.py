@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
+from ..texts import text_tokens
 from ..types import Conversation, Example, Message
 
 
@@ -40,7 +42,7 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, eos_i
             continue
         before = _turns(conversation, turn, tokenizer, opens=True)
         context = encode(tokenizer, before)
-        answer = _answer(conversation, turn, before, tokenizer, eos_ids)
+        answer = _answer(conversation, turn, before, context, tokenizer, eos_ids)
         if context[: len(tokens)] != tokens:
             examples.append(_example(tokens, weights, conversation, len(examples)))
             tokens, weights = [], []
@@ -69,20 +71,41 @@ def _turns(conversation: Conversation, count: int, tokenizer: PreTrainedTokenize
 
 
 def _answer(
-    conversation: Conversation, turn: int, before: str, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]
+    conversation: Conversation,
+    turn: int,
+    before: str,
+    context: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: Sequence[int],
 ) -> list[int]:
-    """Ids of the answer that follows `before`, up to and with its end, which is added where the template has none."""
+    """Ids of the answer that follows `before`, whose ids are `context`, up to and with its end.
+
+    The end is added where the template has none.
+    """
     after = _turns(conversation, turn + 1, tokenizer, opens=False)
     if not after.startswith(before):
         raise DataError(
             "the chat template writes the answer elsewhere than where the model would be asked for it",
             where=conversation.source,
-            fix="Use a base model whose template ends the prompt where the answer begins.",
+            fix="Use a base model whose template ends the prompt where the answer begins. If it can think, take the "
+            "thoughts (<think>) out of the answers: it is trained and asked to answer without.",
         )
     _refuse_early_end(conversation, turn, tokenizer, eos_ids)
-    ids = encode(tokenizer, after[len(before) :])
+    whole = encode(tokenizer, after) if _marks_beginnings(tokenizer) else []
+    # Alone, the answer would get a mark there that it does not have behind its context.
+    follows = bool(whole) and whole[: len(context)] == context
+    ids = whole[len(context) :] if follows else encode(tokenizer, after[len(before) :])
     end = next((place for place, token in enumerate(ids) if token in eos_ids), None)
     return [*ids, eos_ids[0]] if end is None else ids[: end + 1]
+
+
+@lru_cache(maxsize=4)
+def _marks_beginnings(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text's ids depend on its standing first: SentencePiece's normaliser puts a space before it.
+
+    Where they do not, a text is its parts' ids wherever no word is cut, and need not be encoded twice.
+    """
+    return encode(tokenizer, "a\nb") != encode(tokenizer, "a\n") + encode(tokenizer, "b")
 
 
 def _refuse_early_end(
@@ -90,7 +113,7 @@ def _refuse_early_end(
 ) -> None:
     """An answer that spells the end of turn would be cut there, in training and in every served answer."""
     message = conversation.messages[turn]
-    written = message.content + json.dumps([dict(call) for call in message.tool_calls], ensure_ascii=False)
+    written = message.content + json.dumps(as_dict(message).get("tool_calls", []), ensure_ascii=False)
     spelled = _spellings(tokenizer, tuple(eos_ids))
     if spelled and not any(text in written for text in spelled):
         return
@@ -114,7 +137,7 @@ def _spellings(tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...]) -> 
 
 
 def _plain_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> Example:
-    tokens = [*encode(tokenizer, conversation.text), eos_ids[0]]
+    tokens = [*text_tokens(tokenizer, conversation.text), eos_ids[0]]
     return _example(tokens, [0.0] + [1.0] * (len(tokens) - 1), conversation, 0)
 
 
@@ -137,6 +160,9 @@ def _text(
         [as_dict(message) for message in messages],
         tools=[dict(tool) for tool in tools] or None,  # type: ignore[arg-type]
         add_generation_prompt=opens,
+        # Qwen3's template writes an empty block of thoughts before the last answer, and before the answer that it asks
+        # for only when told not to think: else the block would be trained, answered and graded. Others ignore it.
+        enable_thinking=False,
         tokenize=False,
     )
     assert isinstance(text, str)
@@ -151,4 +177,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def as_dict(message: Message) -> dict[str, Any]:
     """A message as chat templates and JSON want it."""
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    return {**turn, "tool_calls": [dict(call) for call in message.tool_calls]} if message.tool_calls else turn
+    return {**turn, "tool_calls": [_read_call(call) for call in message.tool_calls]} if message.tool_calls else turn
+
+
+def _read_call(call: Mapping[str, object]) -> dict[str, object]:
+    """A call whose arguments are an object where the row has one in a string, as OpenAI's API writes them.
+
+    Templates write arguments as JSON themselves (`arguments | tojson`) and would quote the string once more.
+    """
+    read = dict(call)
+    if isinstance(function := call.get("function"), Mapping):
+        read["function"] = _read_call(function)
+    if isinstance(arguments := call.get("arguments"), str):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(arguments)
+            read["arguments"] = value if isinstance(value, dict) else arguments
+    return read

@@ -19,6 +19,7 @@ from ..data.render import prompt_tokens
 from ..model.load import Model
 from ..model.sample import Sampling, sample
 from ..model.score import all_log_probs, hidden_states
+from ..texts import text_tokens
 from ..types import Example, Item, Message
 from .measure import choice_accuracies, example_losses
 from .systems import Prompting
@@ -98,7 +99,7 @@ def general_texts(model: Model) -> list[Example]:
     examples = []
     for name in sorted(topics, key=lambda topic: (-len(topics[topic]), topic))[:TEXTS]:
         text = " ".join(topics[name].split())[: TEXT_TOKENS * LONGEST_TOKEN_CHARACTERS]
-        ids = model.tokenizer(text, add_special_tokens=False)["input_ids"][:TEXT_TOKENS]
+        ids = text_tokens(model.tokenizer, text)[:TEXT_TOKENS]
         weights = np.array([0.0] + [1.0] * (len(ids) - 1), dtype=np.float32)
         examples.append(Example(tokens=np.array(ids, dtype=np.int64), weights=weights, id=name))
     return examples

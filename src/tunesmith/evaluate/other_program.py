@@ -19,6 +19,9 @@ import numpy as np
 
 Row = Mapping[str, Any]
 
+# Before a template: what apply_chat_template(enable_thinking=False) says, for programs that cannot be told.
+NO_THOUGHTS = "{% set enable_thinking = enable_thinking | default(false) %}"
+
 
 @runtime_checkable
 class Program(Protocol):
@@ -67,8 +70,9 @@ class Transformers:
     def prompt(self, row: Row) -> list[int]:
         """See Program."""
         if not row["messages"]:
-            return self.tokenizer(row["text"], add_special_tokens=False)["input_ids"][: len(row["tokens"])]
+            return self.tokenizer(row["text"])["input_ids"][: len(row["tokens"])]
         how = {"tools": row["tools"] or None, "add_generation_prompt": True, "return_dict": True}
+        how["enable_thinking"] = False  # as it was trained and judged
         return self.tokenizer.apply_chat_template(row["messages"], **how)["input_ids"]
 
     def answers(self, prompts: Sequence[list[int]], most_tokens: int) -> list[list[int]]:
@@ -109,7 +113,7 @@ class LlamaCpp:
         self.vocabulary = self.library.llama_model_get_vocab(self.model.model)
         tokens = {int(key): self._piece(key) for key in (self.model.token_bos(), self.model.token_eos()) if key >= 0}
         formatter = import_module("llama_cpp.llama_chat_format").Jinja2ChatFormatter
-        template = self.model.metadata["tokenizer.chat_template"]
+        template = NO_THOUGHTS + self.model.metadata["tokenizer.chat_template"]
         bos, eos = (tokens.get(key, "") for key in (self.model.token_bos(), self.model.token_eos()))
         self.template = formatter(template=template, eos_token=eos, bos_token=bos)
         self.name = f"llama.cpp of llama-cpp-python {version('llama-cpp-python')}"
@@ -118,7 +122,7 @@ class LlamaCpp:
         """See Program."""
         if not row["messages"]:
             text = row["text"]
-            return self.model.tokenize(text.encode(), add_bos=False, special=True)[: len(row["tokens"])]
+            return self.model.tokenize(text.encode(), add_bos=True, special=True)[: len(row["tokens"])]
         text = self.template(messages=row["messages"], tools=row["tools"] or None).prompt
         return self.model.tokenize(text.encode(), add_bos=False, special=True)
 

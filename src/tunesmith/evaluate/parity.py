@@ -26,6 +26,7 @@ from ..model.linear import product
 from ..model.load import Model
 from ..model.sample import Sampling, sample
 from ..tensors import Layout
+from ..texts import text_tokens
 from ..types import Contrast, Item
 from . import other_program
 from .metrics import higher_is_better
@@ -242,10 +243,10 @@ def _prompt(model: Model, item: Item) -> list[int]:
     """The tokens of an item's turns; of plain text, which asks nothing, the first half."""
     if item.prompt:
         return prompt_tokens(item.prompt, model.tokenizer, item.tools)
-    tokens: Any = model.tokenizer(item.reference, add_special_tokens=False)["input_ids"]
+    tokens = text_tokens(model.tokenizer, item.reference)
     if not tokens:
         raise DataError("a row without prompt and text", where=item.id, fix="Export with another run.")
-    return list(tokens[: (len(tokens) + 1) // 2])
+    return tokens[: (len(tokens) + 1) // 2]
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 from ..model.load import Model
 from ..model.sample import Sampling, sample
+from ..texts import beginning
 from ..types import Example
 from .order import shuffled
 
@@ -58,18 +59,26 @@ def texts_for(rows: float) -> int:
 
 
 def own_texts(base: Model, count: int, seed: int, progress: Callable[[int], None] = lambda done: None) -> list[Example]:
-    """Texts that the base writes when it is given nothing but a first token, drawn evenly from its vocabulary."""
+    """Texts that the base writes when it is given nothing but a first token, drawn evenly from its vocabulary.
+
+    Before that stands the token with which its tokenizer begins a text, if it does.
+    """
     special = set(base.tokenizer.all_special_ids)
     ordinary = np.array([token for token in range(len(base.tokenizer)) if token not in special])
     draw = np.random.Generator(np.random.Philox(key=[seed, 0]))
-    starts = [ordinary[[place]] for place in draw.integers(len(ordinary), size=count)]
-    how = Sampling(max_new_tokens=TEXT_TOKENS - 1, temperature=1.0, seed=seed)
+    begins = beginning(base.tokenizer)
+    starts = [np.array([*begins, ordinary[place]]) for place in draw.integers(len(ordinary), size=count)]
+    how = Sampling(max_new_tokens=TEXT_TOKENS - len(starts[0]), temperature=1.0, seed=seed)
     drawn = sample(base, starts, how, progress)
     whole = [np.concatenate([start, text.tokens]) for start, text in zip(starts, drawn, strict=True)]
-    return [own_text(tokens, f"rehearsal {number}") for number, tokens in enumerate(whole, start=1)]
+    return [own_text(tokens, f"rehearsal {number}", begins) for number, tokens in enumerate(whole, start=1)]
 
 
-def own_text(tokens: Int[np.ndarray, "T"], name: str) -> Example:
-    """A text of the base's own as an Example that CrossEntropy knows for one."""
-    weights = np.array([0.0] + [1.0] * (len(tokens) - 1), dtype=np.float32)
+def own_text(tokens: Int[np.ndarray, "T"], name: str, begins: Sequence[int] = ()) -> Example:
+    """A text of the base's own as an Example that CrossEntropy knows for one.
+
+    Its first token, and the one that `begins` a text before it, were given to the base and are not trained.
+    """
+    given = 1 + (tokens[:1].tolist() == list(begins))
+    weights = np.array([0.0] * given + [1.0] * (len(tokens) - given), dtype=np.float32)
     return Example(tokens=tokens, weights=weights, id=name, extra={REHEARSED: np.ones_like(weights)})

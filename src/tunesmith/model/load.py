@@ -33,6 +33,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from ..errors import ModelError
 from ..folder import RunFolder, is_run_folder, manifest_problem, read_json, sha256_file
 from ..recipe import Weights
+from ..texts import beginning
 from ..types import Derived
 from ..world import World
 from .attention import NAME, register
@@ -197,7 +198,7 @@ def load_vocabulary(base: str) -> Vocabulary:
         raise _unreadable(folder, error) from error
     notes = []
     if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+        tokenizer.chat_template = ("{{ bos_token }}" if beginning(tokenizer) else "") + PLAIN_TEMPLATE
         notes.append(
             "the model has no chat template; turns are joined by line ends, answers end with the end-of-text token"
         )

@@ -69,7 +69,7 @@ def _wording(tokenizer: PreTrainedTokenizerBase) -> Wording | None:
     after_system = from_system.removesuffix(before_user)
     system = head.removeprefix(before_system).removesuffix(after_system)
     bos = str(tokenizer.bos_token or "")
-    if system == head == bos:  # the beginning of the text is added by whoever tokenises
+    if head == bos:  # the beginning of the text is added by whoever tokenises
         system, before_system = "", before_system.removeprefix(bos)
     around = {
         "system": (before_system, after_system),
@@ -103,7 +103,8 @@ def _fits(wording: Wording, tokenizer: PreTrainedTokenizerBase, prompts: Sequenc
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, turns: Turns, *, opens: bool = False) -> str:
-    made = tokenizer.apply_chat_template([dict(turn) for turn in turns], add_generation_prompt=opens, tokenize=False)
+    how = {"add_generation_prompt": opens, "enable_thinking": False, "tokenize": False}  # as rows are rendered
+    made = tokenizer.apply_chat_template([dict(turn) for turn in turns], **how)  # type: ignore[arg-type]
     assert isinstance(made, str)
     return made
 

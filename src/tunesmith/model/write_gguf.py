@@ -22,6 +22,7 @@ from transformers import AutoConfig
 
 from ..errors import ModelError
 from ..folder import storage_errors
+from ..texts import beginning
 from .gguf import CLASSES, CONTROL, NAMES, USER_DEFINED, byte_level_tokenizer, tensor_target
 from .load import Vocabulary
 
@@ -207,7 +208,6 @@ def tokenizer_fields(folder: Path, vocabulary: Vocabulary, rows: int) -> dict[st
         what = f"token {by_id[max(by_id)]!r} has the id {max(by_id)}, and the embedding {rows} rows"
         raise ModelError(what, where=where, fix="Resize the base's embedding to its tokenizer, then train again.")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    first = vocabulary.tokenizer("a")["input_ids"]
     fields = {
         "tokenizer.ggml.tokens": [by_id.get(row, f"[PAD{row}]") for row in range(rows)],
         "tokenizer.ggml.token_type": [kinds.get(row, _UNUSED) for row in range(rows)],
@@ -217,8 +217,7 @@ def tokenizer_fields(folder: Path, vocabulary: Vocabulary, rows: int) -> dict[st
     if not name:
         what = "the tokenizer cuts text in a way that llama.cpp has no name for here"
         raise ModelError(f"{what} (tried: {', '.join(_PRE_TOKENIZERS)})", where=where, fix=fix)
-    bos = vocabulary.tokenizer.bos_token_id
-    return {**fields, "tokenizer.ggml.pre": name, "add_bos": bos is not None and first[0] == bos}  # type: ignore[index]
+    return {**fields, "tokenizer.ggml.pre": name, "add_bos": bool(beginning(vocabulary.tokenizer))}
 
 
 def _pre_tokenizer(path: Path, fields: Mapping[str, Any]) -> str:

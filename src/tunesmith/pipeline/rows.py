@@ -23,7 +23,7 @@ from typing import TypeGuard, cast
 import numpy as np
 from jaxtyping import Int
 
-from .. import __version__
+from .. import __version__, texts
 from ..data import store
 from ..data.counts import Counted, Counts, counts
 from ..data.curate import SPLITS, Census, SplitCount, census, curate, drop_overlong
@@ -187,7 +187,7 @@ def _code() -> list[str]:
         __version__,
         platform.python_version(),
         *map(version, LIBRARIES),
-        *map(sha256_file, [Path(__file__), *sorted(Path(store.__file__).parent.glob("*.py"))]),
+        *map(sha256_file, map(Path, [__file__, texts.__file__, *sorted(Path(store.__file__).parent.glob("*.py"))])),
     ]
 
 

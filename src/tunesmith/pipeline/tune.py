@@ -23,6 +23,7 @@ from ..model.sample import Sampling
 from ..recipe import Recipe, Update
 from ..screen import Screen
 from ..tensors import Loss, StepSource
+from ..texts import beginning
 from ..train.checkpoint import load_weights, trainable
 from ..train.meter import peak_memory_bytes, release_memory, reset_peak_memory
 from ..train.optim import Optimization
@@ -123,7 +124,8 @@ def rehearsed(recipe: Recipe, count: int, base: Model, folder: RunFolder, world:
         lines = [{"id": t.id, "text": said, "tokens": t.tokens.tolist()} for t, said in zip(texts, words, strict=True)]
         write_jsonl(path, lines)
     world.barrier()
-    texts = [own_text(np.array(line["tokens"], dtype=np.int64), line["id"]) for line in read_jsonl(path)]
+    begins, lines = beginning(base.tokenizer), read_jsonl(path)
+    texts = [own_text(np.array(line["tokens"], dtype=np.int64), line["id"], begins) for line in lines]
     return Rehearsal(texts=texts, strength=strength)
 
 

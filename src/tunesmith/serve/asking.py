@@ -13,9 +13,10 @@ import jinja2
 import numpy as np
 
 from ..data.layout import to_messages
-from ..data.render import encode, prompt_tokens
+from ..data.render import prompt_tokens
 from ..errors import DataError
 from ..model.sample import Row, Sampling
+from ..texts import text_tokens
 from .bodies import ChatBody, CompletionBody
 from .engine import Asked, BusyError, Drawn, Engine, Tell
 from .hall import Hall, Served
@@ -66,7 +67,10 @@ async def chat_question(body: ChatBody, hall: Hall) -> Question:
 
 
 async def completion_question(body: CompletionBody, hall: Hall) -> Question:
-    """The prompt as it stands, without a template. Raises Problem."""
+    """The prompt without a template: text begins as a plain text in training does, tokens are as they stand.
+
+    Raises Problem.
+    """
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise Problem(400, "best_of other than n is not supported", param="best_of")
     served, tokenizer = find_served(body.model, hall), hall.model.tokenizer
@@ -74,7 +78,7 @@ async def completion_question(body: CompletionBody, hall: Hall) -> Question:
     for prompt in [body.prompt] if isinstance(body.prompt, str) else body.prompt:
         match prompt:
             case str():
-                prompts.append(await asyncio.to_thread(encode, tokenizer, prompt))
+                prompts.append(await asyncio.to_thread(text_tokens, tokenizer, prompt))
             case list():
                 prompts.append(prompt)
             case int():
