@@ -239,7 +239,7 @@ def _of_openai(ours: Fields, where: str) -> Fields:
 
 
 def _comparison(ours: Fields, extra: Fields, where: str) -> Comparison:
-    chosen, rejected = _parsed_list(ours["chosen"], where), _parsed_list(ours["rejected"], where)
+    chosen, rejected = _parsed_list(ours["chosen"]), _parsed_list(ours["rejected"])
     if ours.get("prompt") is not None:
         prompt = _with_system(_prompt(ours["prompt"], "prompt", where), ours, where)
     elif isinstance(chosen, list) and isinstance(rejected, list):
@@ -348,7 +348,7 @@ def _parsed(value: object, name: str, where: str) -> object:
         raise DataError(f"{name!r} is text that is not JSON", where=where, fix="Write a JSON list.") from None
 
 
-def _parsed_list(value: object, where: str) -> object:
+def _parsed_list(value: object) -> object:
     """A list of messages given as JSON text becomes that list; any other text stays text."""
     if not isinstance(value, str) or not value.lstrip().startswith('[{"'):
         return value

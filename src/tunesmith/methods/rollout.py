@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -29,8 +28,6 @@ from ..tensors import Batch
 from ..types import Completion, Example, Item
 from .annotate import Group
 from .order import shuffled
-
-Reference = Callable[[], AbstractContextManager[Model]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -123,7 +123,7 @@ def attach_lora(module: nn.Module, shape: LoraShape, *, head: nn.Module | None =
     return total
 
 
-def linear_names(module: nn.Module, head: nn.Module | None = None) -> list[str]:
+def linear_names(module: nn.Module, head: nn.Module | None) -> list[str]:
     """Last parts of the names of the linear layers, the head left out."""
     names = {
         name.rsplit(".", 1)[-1]

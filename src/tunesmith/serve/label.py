@@ -10,7 +10,7 @@ Everything is in one folder, `labels/<recipe name>`; running the command again g
 from __future__ import annotations
 
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from .pairs import given_pairs
 from .summary import Rater, Summary, summarise
 from .turns import EVERYTHING, Sharing, tidy_name
 
-PORT = 8765
 PROMPTS = 100
 
 
@@ -158,11 +157,6 @@ def show_summary(found: Summary, screen: Screen) -> None:
         screen.line(f"{duel.a} over {duel.b}: preferred in {_share(duel.win_rate)} ({tally})")
     if found.equal:
         screen.line(f"{found.equal} prompts got two equal answers, which nobody was asked about")
-
-
-def summary_json(found: Summary) -> dict[str, Any]:
-    """A summary in JSON's own types."""
-    return asdict(found)
 
 
 def _counts(rater: Rater) -> list[str]:
