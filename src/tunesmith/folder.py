@@ -42,7 +42,7 @@ class RunFolder:
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe, as YAML."""
+        """The recipe, as YAML with every key; null where `plan` has what was derived."""
         return self.path / "recipe.yaml"
 
     @property
