@@ -47,7 +47,7 @@ def learn_from_rewards(place: Place) -> None:
     screen.stage("Data", recipe.data.train)
     prompts = prepare_prompts(recipe, base.vocabulary, screen)
     with ExitStack() as stack:
-        panel = open_panel(recipe, place.root, base, world, stack)
+        panel = open_panel(recipe, place.root, base, world, stack, screen)
         align(place, base, prompts, panel, lambda model: _begin(place, model, prompts, panel))
 
 
