@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from hashlib import blake2b
+from typing import Any
 
 from ..errors import DataError, RecipeError
 from ..recipe import DataSpec
@@ -111,6 +112,17 @@ def plain_row(prompt: str, completion: str, source: str, extra: Fields | None = 
     """One user turn and its answer as a Conversation."""
     messages = (Message(role="user", content=prompt), Message(role="assistant", content=completion))
     return Conversation(messages=messages, id=conversation_id(messages), source=source, extra=extra or {})
+
+
+def as_dict(message: Message) -> dict[str, Any]:
+    """A message as chat templates and JSON want it."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    return {**turn, "tool_calls": [dict(call) for call in message.tool_calls]} if message.tool_calls else turn
+
+
+def message_of(fields: Mapping[str, Any]) -> Message:
+    """The message that `as_dict` took apart."""
+    return Message(role=fields["role"], content=fields["content"], tool_calls=tuple(fields.get("tool_calls", ())))
 
 
 def is_prompt_only(row: Row) -> bool:

@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import jinja2
 import numpy as np
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from ..types import Conversation, Example, Message
+from .layout import as_dict
 
 
 def prompt_tokens(
@@ -146,9 +146,3 @@ def _text(
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text as it stands; tokens that it spells out are those tokens."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
-
-
-def as_dict(message: Message) -> dict[str, Any]:
-    """A message as chat templates and JSON want it."""
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    return {**turn, "tool_calls": [dict(call) for call in message.tool_calls]} if message.tool_calls else turn

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from ..data.render import as_dict, prompt_tokens
+from ..data.layout import as_dict
+from ..data.render import prompt_tokens
 from ..errors import DataError, ModelError
 from ..model.attention import PackedAttention
 from ..model.linear import product

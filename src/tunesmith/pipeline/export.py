@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..data.render import as_dict, render
+from ..data.layout import as_dict, message_of
+from ..data.render import render
 from ..errors import FolderError, ModelError, RecipeError, TunesmithError
 from ..evaluate.metrics import MODEL_METRICS, find_metric
 from ..evaluate.parity import Bounds, Reference, ask_elsewhere, compare, differences, refer, run_elsewhere
@@ -221,8 +222,8 @@ def _reference(job: Job) -> tuple[Reference, Vocabulary]:
 
 
 def _item(line: Mapping[str, Any]) -> Item:
-    prompt = tuple(Message(**{**turn, "tool_calls": tuple(turn.get("tool_calls", ()))}) for turn in line["prompt"])
-    return Item(prompt=prompt, reference=line["reference"], id=line["id"], tools=tuple(line.get("tools", ())))
+    prompt, tools = tuple(map(message_of, line["prompt"])), tuple(line.get("tools", ()))
+    return Item(prompt=prompt, reference=line["reference"], id=line["id"], tools=tools)
 
 
 # Writing
