@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -146,10 +146,7 @@ def ask(model: Model, items: Sequence[Item], group: int, how: Sampling, *, seed:
     """`group` answers to each item, neighbours in the list."""
     prompts = [np.array(prompt_tokens(item.prompt, model.tokenizer, item.tools), dtype=np.int64) for item in items]
     places = [place for place in range(len(items)) for _ in range(group)]
-    drawing = Sampling(
-        max_new_tokens=how.max_new_tokens, temperature=how.temperature, top_p=how.top_p, seed=seed, batch=how.batch
-    )
-    completions = sample(model, [prompts[place] for place in places], drawing)
+    completions = sample(model, [prompts[place] for place in places], replace(how, seed=seed))
     return [
         Answer(
             item=items[place],
