@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tunesmith.data.layout import as_dict
 from tunesmith.data.read import read
-from tunesmith.data.render import as_dict, prompt_tokens, render
+from tunesmith.data.render import prompt_tokens, render
 from tunesmith.evaluate.measure import example_losses
 from tunesmith.methods.sft import CrossEntropy, SftSteps
 from tunesmith.model.load import Model, load

@@ -32,6 +32,9 @@ FORBIDDEN = {
     r"allow_pickle\s*=\s*True|weights_only\s*=\s*False": "pickle",
 }
 
+# `name` (`file.py`), `name` in `file.py` and `name`, `file.py`, perhaps of several names.
+NAMED = re.compile(r"(`\w+`(?:(?:, | and | or )`\w+`)*)(?: \(| in |, )`([\w/]+\.py)`")
+
 
 def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
@@ -53,6 +56,18 @@ def code_of(path: Path) -> str:
                 code += (" " if is_name and after_a_name else "") + token.string
                 after_a_name = is_name
     return code
+
+
+def defined_in(path: Path) -> set[str]:
+    """The functions, classes and values of a module."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
 
 
 def loaded_by(code: str) -> set[str]:
@@ -135,7 +150,6 @@ def test_what_only_reads_starts_without_torch(code: str) -> None:
     assert loaded_by(code) & {"torch", "transformers", "datasets"} == set()
 
 
-@pytest.mark.skipif(not (PACKAGE / "cli.py").exists(), reason="the command line is not written yet")
 def test_help_starts_without_torch() -> None:
     code = "sys.argv = ['tunesmith', '--help']\nfrom tunesmith.cli import main\ntry: main()\nexcept SystemExit: pass"
     assert loaded_by(code) & {"torch", "transformers", "datasets", "matplotlib"} == set()
@@ -144,6 +158,21 @@ def test_help_starts_without_torch() -> None:
 def test_the_first_step_does_not_wait_for_what_only_the_last_page_needs() -> None:
     code = "import tunesmith.pipeline.run, tunesmith.world"
     assert loaded_by(code) & {"scipy.stats", "matplotlib", "tunesmith.report.page"} == set()
+
+
+def test_what_the_tour_names_is_in_the_file_where_it_says() -> None:
+    text = " ".join((ROOT / "docs" / "tour.md").read_text(encoding="utf-8").split())
+    told = [(name, file) for names, file in NAMED.findall(text) for name in re.findall(r"`(\w+)`", names)]
+    assert len(told) > 50  # else the tour is written another way, and nothing is looked at
+    homes = {file: ROOT / file if file.startswith("tests/") else PACKAGE / file for _, file in told}
+    assert [f"{name} in {file}" for name, file in told if name not in defined_in(homes[file])] == []
+
+
+def test_the_map_has_every_module_and_every_page() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"\w+", text[text.index("## 4.") : text.index("## 5.")]))
+    files = [path for path in [*SOURCES, *(ROOT / "docs").glob("*.md")] if path.stem != "__init__"]
+    assert [name_of(path) for path in files if path.stem not in words] == []
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=name_of)

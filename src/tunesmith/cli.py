@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -208,7 +209,7 @@ def label(
     elif summary or json_:
         found = labelling.summary(folder, resolved.evaluate.level, resolved.evaluate.seed)
         if json_:
-            print(json.dumps(labelling.summary_json(found), ensure_ascii=False, indent=1))
+            print(json.dumps(asdict(found), ensure_ascii=False, indent=1))
         else:
             labelling.show_summary(found, Screen(console=terminal()))
     else:

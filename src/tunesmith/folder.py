@@ -42,7 +42,7 @@ class RunFolder:
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe, as YAML."""
+        """The recipe, as YAML with every key; null where `plan` has what was derived."""
         return self.path / "recipe.yaml"
 
     @property
@@ -176,7 +176,7 @@ def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def rename_file(aside: Path, path: Path) -> None:
@@ -185,7 +185,16 @@ def rename_file(aside: Path, path: Path) -> None:
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content or a folder's names are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -251,7 +260,7 @@ def written_aside(target: Path) -> Iterator[Path]:
         try:
             yield aside
             for child in [*aside.rglob("*"), aside]:
-                _sync(child)
+                sync(child)
             if target.exists():
                 old = _aside(target)
                 target.rename(old)
@@ -259,7 +268,7 @@ def written_aside(target: Path) -> Iterator[Path]:
                 shutil.rmtree(old)
             else:
                 aside.rename(target)
-            _sync(target.parent)
+            sync(target.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -389,12 +398,3 @@ def _cut_torn_line(file: Any) -> None:
         return
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's content or a folder's names are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,7 @@
 """The recipe: what to tune, on which rows, judged how. Unknown keys are errors that name the nearest key.
 
-Small specs. A `None` means "derive it from the model and the data"; `train/plan.py` derives, prints the value with
-its reason, and the resolved recipe is saved in the run folder.
+Small specs. A `None` means "derive it from the model and the data", and stays null in the run folder's `recipe.yaml`:
+what `train/plan.py` derives is printed with its reason and saved in `plan.json`.
 """
 
 from __future__ import annotations

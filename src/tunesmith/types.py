@@ -101,15 +101,6 @@ Grade = Callable[[Sequence[Item], Sequence[str]], list[float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """Items and the function that grades answers to them: the score in evaluation, the reward in training."""
-
-    name: str
-    items: Sequence[Item]
-    grade: Grade
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
     """Tokens plus numbers per token, unshifted: `weights[t]` says how much predicting `tokens[t]` counts."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
 import shutil
@@ -12,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors import safe_open
 
 from tunesmith.errors import FolderError, ModelError, RecipeError, TunesmithError
+from tunesmith.evaluate.rewarding import FIRST_PROBLEMS
 from tunesmith.folder import RunFolder, read_json, read_jsonl, write_jsonl
 from tunesmith.methods.rollout import read_rollout
 from tunesmith.model.adapters import load_adapter
@@ -215,13 +218,19 @@ def test_every_rollout_is_kept_and_grpo_leaves_out_groups_that_say_nothing(
     assert read_json(folder.results)["task"]["metric"] == "reward"
 
 
-def test_a_reward_function_that_throws_is_counted_and_the_run_goes_on(
-    policy: Callable[..., Raw], tmp_path: Path
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_a_reward_function_that_throws_is_told_and_counted_and_the_run_goes_on(
+    policy: Callable[..., Raw], method: str, tmp_path: Path
 ) -> None:
     own = tmp_path / "own.py"
     own.write_text("def throws(answer, item):\n    raise KeyError(answer)\n", encoding="utf-8")
-    folder = run(parse_recipe(policy("grpo", reward=f"{own}:throws")))
-    assert {line["unscored"] for line in read_json(folder.results)["rollouts"]} == {12.0}
+    told = io.StringIO()
+    screen = Screen(console=Console(file=told, soft_wrap=True))
+    folder = run(parse_recipe(policy(method, reward=f"{own}:throws")), screen=screen)
+    assert {line["unscored"] for line in read_json(folder.results)["rollouts"]} == {12.0 if method == "grpo" else 4.0}
+    lines = [line for line in told.getvalue().splitlines() if "an answer has no score" in line]
+    assert len(set(lines)) == len(lines) == FIRST_PROBLEMS  # each once, and not thousands
+    assert all(f"{own}:throws, item " in line and "the function fails: KeyError: " in line for line in lines)
 
 
 def test_a_run_is_the_base_of_the_next(policy: Callable[..., Raw], tiny_model_folder: Path) -> None:

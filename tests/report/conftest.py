@@ -205,7 +205,7 @@ def results(arms: list[str], scores: dict[str, np.ndarray], rows: int) -> dict[s
         else {},
         "test_reads": 1,
         "data": {"train": 7009, "valid": 508, "test": rows, "dropped": 412},
-        "task": {"name": "legal_citations", "metric": "exact_match", "instructions": INSTRUCTIONS},
+        "task": {"metric": "exact_match", "instructions": INSTRUCTIONS},
         "base": "smollm2-135m-instruct",
         "machine": machine(),
         "best_prompted": "few_shot",

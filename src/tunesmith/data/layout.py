@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from hashlib import blake2b
+from typing import Any
 
 from ..errors import DataError, RecipeError
 from ..recipe import DataSpec
@@ -111,6 +112,17 @@ def plain_row(prompt: str, completion: str, source: str, extra: Fields | None = 
     """One user turn and its answer as a Conversation."""
     messages = (Message(role="user", content=prompt), Message(role="assistant", content=completion))
     return Conversation(messages=messages, id=conversation_id(messages), source=source, extra=extra or {})
+
+
+def as_dict(message: Message) -> dict[str, Any]:
+    """A message as chat templates and JSON want it."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    return {**turn, "tool_calls": [dict(call) for call in message.tool_calls]} if message.tool_calls else turn
+
+
+def message_of(fields: Mapping[str, Any]) -> Message:
+    """The message that `as_dict` took apart."""
+    return Message(role=fields["role"], content=fields["content"], tool_calls=tuple(fields.get("tool_calls", ())))
 
 
 def is_prompt_only(row: Row) -> bool:
@@ -239,7 +251,7 @@ def _of_openai(ours: Fields, where: str) -> Fields:
 
 
 def _comparison(ours: Fields, extra: Fields, where: str) -> Comparison:
-    chosen, rejected = _parsed_list(ours["chosen"], where), _parsed_list(ours["rejected"], where)
+    chosen, rejected = _parsed_list(ours["chosen"]), _parsed_list(ours["rejected"])
     if ours.get("prompt") is not None:
         prompt = _with_system(_prompt(ours["prompt"], "prompt", where), ours, where)
     elif isinstance(chosen, list) and isinstance(rejected, list):
@@ -348,7 +360,7 @@ def _parsed(value: object, name: str, where: str) -> object:
         raise DataError(f"{name!r} is text that is not JSON", where=where, fix="Write a JSON list.") from None
 
 
-def _parsed_list(value: object, where: str) -> object:
+def _parsed_list(value: object) -> object:
     """A list of messages given as JSON text becomes that list; any other text stays text."""
     if not isinstance(value, str) or not value.lstrip().startswith('[{"'):
         return value

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DataError
 from ..texts import text_tokens
 from ..types import Conversation, Example, Message
+from .layout import as_dict
 
 
 def prompt_tokens(
@@ -113,7 +114,7 @@ def _refuse_early_end(
 ) -> None:
     """An answer that spells the end of turn would be cut there, in training and in every served answer."""
     message = conversation.messages[turn]
-    written = message.content + json.dumps(as_dict(message).get("tool_calls", []), ensure_ascii=False)
+    written = message.content + json.dumps(as_turn(message).get("tool_calls", []), ensure_ascii=False)
     spelled = _spellings(tokenizer, tuple(eos_ids))
     if spelled and not any(text in written for text in spelled):
         return
@@ -157,7 +158,7 @@ def _text(
     opens: bool,
 ) -> str:
     text = tokenizer.apply_chat_template(
-        [as_dict(message) for message in messages],
+        [as_turn(message) for message in messages],
         tools=[dict(tool) for tool in tools] or None,  # type: ignore[arg-type]
         add_generation_prompt=opens,
         # Qwen3's template writes an empty block of thoughts before the last answer, and before the answer that it asks
@@ -174,17 +175,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
 
 
-def as_dict(message: Message) -> dict[str, Any]:
-    """A message as chat templates and JSON want it."""
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+def as_turn(message: Message) -> dict[str, Any]:
+    """A message as chat templates want it: its calls' arguments are objects, also where the row has them in strings.
+
+    OpenAI's API writes them so. Templates write arguments as JSON themselves (`arguments | tojson`) and would quote the
+    string once more.
+    """
+    turn = as_dict(message)
     return {**turn, "tool_calls": [_read_call(call) for call in message.tool_calls]} if message.tool_calls else turn
 
 
 def _read_call(call: Mapping[str, object]) -> dict[str, object]:
-    """A call whose arguments are an object where the row has one in a string, as OpenAI's API writes them.
-
-    Templates write arguments as JSON themselves (`arguments | tojson`) and would quote the string once more.
-    """
     read = dict(call)
     if isinstance(function := call.get("function"), Mapping):
         read["function"] = _read_call(function)

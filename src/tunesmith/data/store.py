@@ -24,6 +24,7 @@ import numpy as np
 
 from ..folder import storage_errors
 from ..types import Comparison, Conversation, Example, LedgerEntry, Message, Row
+from .layout import message_of
 
 T = TypeVar("T")
 
@@ -253,17 +254,13 @@ def _fields(value: Any) -> dict[str, object]:
 def _row(data: bytes) -> Row:
     fields = json.loads(data)
     if "chosen" in fields:
-        answers = {name: _message(fields[name]) for name in ("chosen", "rejected")}
+        answers = {name: message_of(fields[name]) for name in ("chosen", "rejected")}
         return Comparison(**{**fields, **answers, "prompt": _messages(fields["prompt"])})
     return Conversation(**{**fields, "messages": _messages(fields["messages"]), "tools": tuple(fields["tools"])})
 
 
 def _messages(turns: Iterable[dict[str, Any]]) -> tuple[Message, ...]:
-    return tuple(map(_message, turns))
-
-
-def _message(fields: dict[str, Any]) -> Message:
-    return Message(role=fields["role"], content=fields["content"], tool_calls=tuple(fields["tool_calls"]))
+    return tuple(map(message_of, turns))
 
 
 def _example_bytes(example: Example) -> bytes:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from ..data.render import as_dict, prompt_tokens
+from ..data.render import as_turn, prompt_tokens
 from ..errors import DataError, ModelError
 from ..model.attention import PackedAttention
 from ..model.linear import product
@@ -107,7 +107,7 @@ def ask_elsewhere(kind: str, path: Path, base: str, reference: Reference, how: S
     longest = max(len(row.prompt) for row in reference.rows)
     rows = [
         {
-            "messages": [as_dict(message) for message in row.item.prompt],
+            "messages": [as_turn(message) for message in row.item.prompt],
             "tools": [dict(tool) for tool in row.item.tools],
             "text": "" if row.item.prompt else row.item.reference,
             "tokens": row.prompt,

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from ..data.layout import message_of
 from ..errors import RecipeError
-from ..types import Grade, Item, Message
+from ..types import Grade, Item
 from .own import own_grade
 
 
@@ -40,7 +41,7 @@ def main(name: str, root: Path) -> None:
 
 def item_of(fields: Mapping[str, Any]) -> Item:
     """The Item that `dataclasses.asdict` and JSON took apart."""
-    prompt = tuple(Message(**{**turn, "tool_calls": tuple(turn["tool_calls"])}) for turn in fields["prompt"])
+    prompt = tuple(map(message_of, fields["prompt"]))
     return Item(**{**fields, "prompt": prompt, "choices": tuple(fields["choices"]), "tools": tuple(fields["tools"])})
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -30,8 +29,6 @@ from ..types import Completion, Example, Item
 from .annotate import Group
 from .order import shuffled
 from .ppo import imitates
-
-Reference = Callable[[], AbstractContextManager[Model]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,10 +155,7 @@ def ask(model: Model, items: Sequence[Item], group: int, how: Sampling, *, seed:
     """`group` answers to each item, neighbours in the list."""
     prompts = [np.array(prompt_tokens(item.prompt, model.tokenizer, item.tools), dtype=np.int64) for item in items]
     places = [place for place in range(len(items)) for _ in range(group)]
-    drawing = Sampling(
-        max_new_tokens=how.max_new_tokens, temperature=how.temperature, top_p=how.top_p, seed=seed, batch=how.batch
-    )
-    completions = sample(model, [prompts[place] for place in places], drawing)
+    completions = sample(model, [prompts[place] for place in places], replace(how, seed=seed))
     return [
         Answer(
             item=items[place],

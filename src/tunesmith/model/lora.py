@@ -147,7 +147,7 @@ def freeze_beside(hf: PreTrainedModel) -> None:
             parameter.requires_grad_(False)
 
 
-def linear_names(module: nn.Module, head: nn.Module | None = None) -> list[str]:
+def linear_names(module: nn.Module, head: nn.Module | None) -> list[str]:
     """Last parts of the names of the linear layers, the head left out."""
     names = {
         name.rsplit(".", 1)[-1]

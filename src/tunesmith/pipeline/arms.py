@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.render import as_dict, prompt_tokens
+from ..data.layout import as_dict
+from ..data.render import prompt_tokens
 from ..evaluate.lookup import majority, nearest_neighbour
 from ..evaluate.measure import looked_up, measure
 from ..evaluate.metrics import MODEL_METRICS, higher_is_better

@@ -21,9 +21,8 @@ import numpy as np
 
 from ..data.curate import SPLITS, curate
 from ..data.files import records
-from ..data.layout import PROMPT_ONLY, find_columns, is_prompt_only
+from ..data.layout import PROMPT_ONLY, as_dict, find_columns, is_prompt_only
 from ..data.read import BUILTIN, read
-from ..data.render import as_dict
 from ..data.split import in_order, split
 from ..data.store import stored_rows
 from ..errors import DataError, RecipeError

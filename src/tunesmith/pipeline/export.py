@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..data.render import as_dict, render
+from ..data.layout import message_of
+from ..data.render import as_turn, render
 from ..errors import FolderError, ModelError, RecipeError, TunesmithError
 from ..evaluate.metrics import MODEL_METRICS, find_metric
 from ..evaluate.parity import Bounds, Reference, ask_elsewhere, compare, differences, refer, run_elsewhere
@@ -221,8 +222,8 @@ def _reference(job: Job) -> tuple[Reference, Vocabulary]:
 
 
 def _item(line: Mapping[str, Any]) -> Item:
-    prompt = tuple(Message(**{**turn, "tool_calls": tuple(turn.get("tool_calls", ()))}) for turn in line["prompt"])
-    return Item(prompt=prompt, reference=line["reference"], id=line["id"], tools=tuple(line.get("tools", ())))
+    prompt, tools = tuple(map(message_of, line["prompt"])), tuple(line.get("tools", ()))
+    return Item(prompt=prompt, reference=line["reference"], id=line["id"], tools=tools)
 
 
 # Writing
@@ -249,7 +250,7 @@ def _write(job: Job, reference: Reference, vocabulary: Vocabulary, folder: Path)
             file_type = LLAMA_CPP_TYPES[job.type]
             request = {"kind": "quantise", "source": str(first), "path": str(target), "file_type": file_type}
             run_elsewhere(request, plain)
-    turns = [[as_dict(message) for message in row.item.prompt] for row in reference.rows if not row.item.tools]
+    turns = [[as_turn(message) for message in row.item.prompt] for row in reference.rows if not row.item.tools]
     ends = [
         str(vocabulary.tokenizer.convert_ids_to_tokens(token))
         for token in {end: None, **dict.fromkeys(vocabulary.eos_ids)}

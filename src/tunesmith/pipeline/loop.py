@@ -143,4 +143,4 @@ def _step_line(work: Undertaking, done: StepDone) -> dict[str, object]:
 def _last_step(folder: RunFolder, name: str) -> StepDone:
     """The last step as metrics.jsonl has it: every step was finished before this process began."""
     line = [line for line in read_jsonl(folder.metrics) if line["arm"] == name and "loss" in line][-1]
-    return StepDone(**{key: line[key] for key in _OF_A_STEP}, steps=line["step"], scored_tokens=0)
+    return StepDone(**{key: line[key] for key in _OF_A_STEP}, steps=line["step"])

@@ -20,6 +20,7 @@ from ..methods.rollout import Answer, Reward, ask, repetition
 from ..model.load import Model
 from ..model.sample import Sampling
 from ..recipe import Recipe
+from ..screen import Screen
 from ..train.meter import release_memory
 from ..types import UNENDED, Grade, Measurement
 from ..world import World
@@ -68,14 +69,19 @@ class Seen:
         )
 
 
-def open_panel(recipe: Recipe, root: Path, policy: Model, world: World, stack: ExitStack) -> Panel:
-    """Load who scores. Raises RecipeError or ModelError where one is missing or reads other tokens than the policy."""
+def open_panel(
+    recipe: Recipe, root: Path, policy: Model, world: World, stack: ExitStack, screen: Screen | None = None
+) -> Panel:
+    """Load who scores; `screen` says why a function gave no score.
+
+    Raises RecipeError or ModelError where one is missing or reads other tokens than the policy.
+    """
     spec = recipe.reward
     found: dict[str, Reward] = {}
     judge = spec.judge
     if ".py:" in spec.by:
         worker = stack.enter_context(FunctionReward(spec.by, root, spec.seconds))
-        found["reward"] = _by_function(worker)
+        found["reward"] = _by_function(worker, screen or Screen(quiet=True))
     elif spec.by:
         found["reward_score"] = _by_model(_fitting(spec.by, REWARD, policy, world))
         judge = judge or (spec.by if (Path(spec.by) / JUDGE).is_dir() else "")
@@ -156,9 +162,15 @@ def _by_model(judge: Model) -> Reward:
     return score
 
 
-def _by_function(worker: FunctionReward) -> Reward:
+def _by_function(worker: FunctionReward, screen: Screen) -> Reward:
+    """Scores by the user's function; what it failed of is told once the answers at hand are scored."""
+
     def score(answers: Sequence[Answer]) -> list[float]:
-        return worker([answer.item for answer in answers], [answer.completion.text.strip() for answer in answers])
+        told = len(worker.problems)
+        scores = worker([answer.item for answer in answers], [answer.completion.text.strip() for answer in answers])
+        for problem in worker.problems[told:]:
+            screen.warn(f"an answer has no score: {problem}")
+        return scores
 
     return score
 

@@ -50,7 +50,7 @@ def learn_from_rewards(place: Place) -> None:
         fix = "Give rows with answers, or leave policy.mix out."
         raise RecipeError("data.train has prompts alone, without answers to imitate", where="policy.mix", fix=fix)
     with ExitStack() as stack:
-        panel = open_panel(recipe, place.root, base, world, stack)
+        panel = open_panel(recipe, place.root, base, world, stack, screen)
         align(place, base, prompts, panel, lambda model: _begin(place, model, prompts, panel))
 
 

@@ -7,7 +7,6 @@ answers that cost money outlive the run that used them.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from ..data.render import prompt_tokens, render_last
 from ..errors import DataError, ModelError, RecipeError
 from ..evaluate.metrics import MODEL_METRICS, find_metric, is_binary, normalised_match
 from ..evaluate.systems import Prompting, takes_system
-from ..folder import append_jsonl, is_run_folder, read_jsonl, sha256_file
+from ..folder import append_jsonl, is_run_folder, read_jsonl, sha256_file, sync
 from ..model.endpoint import Question, Reply
 from ..model.load import Model, Vocabulary
 from ..model.sample import Sampling, sample
@@ -126,7 +125,7 @@ def collect(
                 fix = "Check model and temperature of task.teacher, and task.max_new_tokens, against what it takes."
                 raise ModelError(f"the teacher refuses everything ({reply.refusal})", where="task.teacher", fix=fix)
             append_jsonl(path, {"id": question.id, **asdict(reply)})
-            _flush(path)
+            sync(path)
             known[question.id] = reply
             tick(done)
 
@@ -234,12 +233,3 @@ def _version(teacher: str) -> str:
     """What tells a run from an earlier one of its name."""
     results = Path(teacher) / "results.json"
     return sha256_file(results) if "://" not in teacher and is_run_folder(Path(teacher)) and results.is_file() else ""
-
-
-def _flush(path: Path) -> None:
-    """Wait until the disk has what was appended."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

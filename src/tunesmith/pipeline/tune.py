@@ -1,4 +1,4 @@
-"""Train one update (LoRA or full): plan, loop, validation, best weights, hand-over."""
+"""Train one update (LoRA, full or economy): plan, loop, validation, best weights, hand-over."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from . import charts, exports, findings, tables, words
 from .drawing import Chart
 from .findings import Tile
-from .record import RunRecord, part
+from .record import RunRecord
 from .tables import Table
 
 _BADGES = {"ship": "✓", "do not ship": "✕", "not shown": "?"}
@@ -37,7 +37,7 @@ def content(run: RunRecord, page: Page) -> dict[str, Any]:
     """Everything that a page's template names."""
     decision = findings.decision(run)
     return {
-        "title": part(run.results, "task", "name") or run.folder.resolve().name,
+        "title": run.folder.resolve().name,
         "setting": findings.setting(run),
         "decision": decision,
         "badge": _BADGES.get(decision, "?"),

@@ -103,10 +103,9 @@ def draw_interval(
     axes.plot(scale * score.value, y, color=color, marker=marker, **look)
 
 
-def draw_note(axes: Axes, x: Number, y: Number, text: str, *, right: bool = True) -> None:
-    """A number beside its mark."""
-    offset, side = (9, "left") if right else (-9, "right")
-    axes.annotate(text, (x, y), xytext=(offset, 0), textcoords="offset points", va="center", ha=side)
+def draw_note(axes: Axes, x: Number, y: Number, text: str) -> None:
+    """A number to the right of its mark."""
+    axes.annotate(text, (x, y), xytext=(9, 0), textcoords="offset points", va="center", ha="left")
 
 
 def label_rows(axes: Axes, labels: Sequence[str]) -> None:

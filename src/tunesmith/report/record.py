@@ -17,7 +17,7 @@ from ..errors import FolderError
 from ..folder import RunFolder, read_json, read_jsonl
 from ..types import Estimate
 
-LOOKUP_ARMS = frozenset({"nearest_neighbour", "majority", "majority_answer", "length"})
+LOOKUP_ARMS = frozenset({"nearest_neighbour", "majority", "length"})
 Json = dict[str, Any]
 
 
@@ -107,10 +107,9 @@ class RunRecord:
         measured = part(self.results, "plan", arm, "measured") or part(self.arms, arm, "train")
         return predicted or {}, measured or {}
 
-    def contrasts(self, metric: str | None = None) -> list[Json]:
-        """Paired differences on one metric (the deciding one unless named) that have a usable estimate."""
-        wanted = metric or self.metric
-        rows = [row for row in self.lines("contrasts") if row.get("metric") == wanted]
+    def contrasts(self) -> list[Json]:
+        """Paired differences on the deciding metric that have a usable estimate."""
+        rows = [row for row in self.lines("contrasts") if row.get("metric") == self.metric]
         return [{**row, "estimate": found} for row in rows if (found := as_estimate(row.get("difference")))]
 
     def contrast(self, a: str | None, b: str | None) -> Json | None:

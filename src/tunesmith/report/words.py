@@ -32,7 +32,6 @@ _LABELS = {
     "few_shot": "few-shot",
     "nearest_neighbour": "nearest neighbour",
     "majority": "majority answer",
-    "majority_answer": "majority answer",
     "teacher": "teacher with its prompt",
     "lora": "LoRA",
     "full": "full fine-tuning",

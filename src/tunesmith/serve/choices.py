@@ -13,9 +13,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from ..data.layout import content_id
+from ..data.layout import as_dict, content_id, message_of
 from ..errors import DataError, FolderError
 from ..folder import storage_errors
 from ..types import Message
@@ -79,7 +79,7 @@ class Pair:
     @property
     def id(self) -> str:
         """A hash of the prompt, both answers and which of them is known to be better."""
-        return content_id([_plain(turn) for turn in self.prompt], _plain(self.a), _plain(self.b), self.gold)
+        return content_id([as_dict(turn) for turn in self.prompt], as_dict(self.a), as_dict(self.b), self.gold)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +135,9 @@ def read_pairs(store: sqlite3.Connection) -> dict[str, Pair]:
     rows = store.execute("SELECT id, prompt, a, b, model_a, model_b, gold FROM pair ORDER BY id")
     return {
         name: Pair(
-            prompt=tuple(_message(turn) for turn in json.loads(prompt)),
-            a=_message(json.loads(a)),
-            b=_message(json.loads(b)),
+            prompt=tuple(map(message_of, json.loads(prompt))),
+            a=message_of(json.loads(a)),
+            b=message_of(json.loads(b)),
             model_a=model_a,
             model_b=model_b,
             gold=gold,
@@ -251,20 +251,11 @@ def now() -> str:
 def _add_pair(store: sqlite3.Connection, pair: Pair) -> int:
     values = (
         pair.id,
-        json.dumps([_plain(turn) for turn in pair.prompt], ensure_ascii=False),
-        json.dumps(_plain(pair.a), ensure_ascii=False),
-        json.dumps(_plain(pair.b), ensure_ascii=False),
+        json.dumps([as_dict(turn) for turn in pair.prompt], ensure_ascii=False),
+        json.dumps(as_dict(pair.a), ensure_ascii=False),
+        json.dumps(as_dict(pair.b), ensure_ascii=False),
         pair.model_a,
         pair.model_b,
         pair.gold,
     )
     return store.execute("INSERT OR IGNORE INTO pair VALUES (?, ?, ?, ?, ?, ?, ?)", values).rowcount
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    calls = {"tool_calls": [dict(call) for call in message.tool_calls]} if message.tool_calls else {}
-    return {"role": message.role, "content": message.content, **calls}
-
-
-def _message(fields: Mapping[str, Any]) -> Message:
-    return Message(role=fields["role"], content=fields["content"], tool_calls=tuple(fields.get("tool_calls", ())))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
@@ -133,8 +133,7 @@ def _answers(
         if not todo:
             break
         seed = int(content_id([key for key, _ in prompts], side, attempt), 16) >> 2
-        seeded = Sampling(max_new_tokens=how.max_new_tokens, temperature=how.temperature, seed=seed, batch=how.batch)
-        found = sample(model, [tokens for _, tokens in todo], seeded)
+        found = sample(model, [tokens for _, tokens in todo], replace(how, seed=seed))
         answers |= {key: answer for (key, _), answer in zip(todo, found, strict=True)}
     return answers
 

@@ -1,6 +1,6 @@
 """One thread owns the model: rows of all requests are admitted, advanced and left side by side, whatever they ask.
 
-    ask        from the event loop: a row waits, or Busy is raised
+    ask        from the event loop: a row waits, or BusyError is raised
     Drawn      to the event loop: one token, and why the row ended if it did
     do         a function to call between two steps: adapters come and go this way
 

@@ -10,12 +10,13 @@ Everything is in one folder, `labels/<recipe name>`; running the command again g
 from __future__ import annotations
 
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
+from ..data.layout import as_dict
 from ..errors import DataError
 from ..folder import RunFolder, locked, write_jsonl
 from ..recipe import Recipe
@@ -28,7 +29,6 @@ from .pairs import given_pairs
 from .summary import Rater, Summary, summarise
 from .turns import EVERYTHING, Sharing, tidy_name
 
-PORT = 8765
 PROMPTS = 100
 
 
@@ -121,7 +121,7 @@ def preference(pair: Pair, choice: Choice) -> dict[str, Any]:
     models = (pair.model_a, pair.model_b) if choice.verdict == "a" else (pair.model_b, pair.model_a)
     asks_once = len(pair.prompt) == 1 and pair.prompt[0].role == "user" and not pair.prompt[0].tool_calls
     row = {
-        "prompt": pair.prompt[0].content if asks_once else [_turn(turn) for turn in pair.prompt],
+        "prompt": pair.prompt[0].content if asks_once else [as_dict(turn) for turn in pair.prompt],
         "chosen": _answer(chosen),
         "rejected": _answer(rejected),
         "rater": choice.rater,
@@ -160,11 +160,6 @@ def show_summary(found: Summary, screen: Screen) -> None:
         screen.line(f"{found.equal} prompts got two equal answers, which nobody was asked about")
 
 
-def summary_json(found: Summary) -> dict[str, Any]:
-    """A summary in JSON's own types."""
-    return asdict(found)
-
-
 def _counts(rater: Rater) -> list[str]:
     numbers = (rater.choices, rater.decided, rater.ties, rater.both_bad, rater.skipped, rater.undone)
     return [rater.name, *map(str, numbers), f"{rater.median_seconds:.1f}"]
@@ -185,13 +180,8 @@ def _number(estimate: Estimate) -> str:
     return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f}, {estimate.n} pairs)"
 
 
-def _turn(message: Message) -> dict[str, Any]:
-    calls = {"tool_calls": [dict(call) for call in message.tool_calls]} if message.tool_calls else {}
-    return {"role": message.role, "content": message.content, **calls}
-
-
 def _answer(message: Message) -> str | list[dict[str, Any]]:
     """Text where text is read back as it is; a list of one message where there is more, or it would look like one."""
     if message.tool_calls or message.content.lstrip().startswith('[{"'):
-        return [_turn(message)]
+        return [as_dict(message)]
     return message.content

@@ -33,11 +33,6 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code or CODES.get(status)}}
 
 
-def refused(status: int, message: str) -> dict[str, Any]:
-    """`error_body` for who knows a status and a reason only."""
-    return error_body(status, message)
-
-
 def say_problems(app: FastAPI) -> None:
     """Turn everything that is raised while a request is read into such a body."""
 

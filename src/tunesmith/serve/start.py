@@ -25,7 +25,7 @@ from .guard import Gate
 from .hall import Hall, line_up, opened
 from .listen import LOOPBACK, bound, is_loopback
 from .objects import PAGE_PATH
-from .problems import refused
+from .problems import error_body
 from .tuning import FILES, Desk, Shop, held, opened_desk, tuning_routers
 from .vllm import find_vllm, serve_by_vllm
 
@@ -144,7 +144,7 @@ def gate_for(door: Door, *, tuning: bool = False) -> Gate:
         public=PUBLIC | {PAGE_PATH} if tuning else PUBLIC,
         uploads=frozenset({FILES}) if tuning else frozenset(),
         most_body_bytes=MOST_BODY_BYTES,
-        body=refused,
+        body=error_body,
     )
 
 

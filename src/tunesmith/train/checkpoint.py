@@ -25,7 +25,6 @@ class Saved:
 
     step: int
     state: Mapping[str, float]
-    path: Path
     damaged: Mapping[str, str]
 
 
@@ -74,8 +73,8 @@ def resume(root: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> S
         load_weights(module, path / "weights.safetensors")
         _restore(module, optimizer, load_file(path / "optimizer.safetensors"))
         state = read_json(path / "state.json")
-        return Saved(step=int(state.pop("step")), state=state, path=path, damaged=damaged)
-    return Saved(step=0, state={}, path=root, damaged=damaged) if damaged else None
+        return Saved(step=int(state.pop("step")), state=state, damaged=damaged)
+    return Saved(step=0, state={}, damaged=damaged) if damaged else None
 
 
 def tidy(root: Path, damaged: Sequence[str]) -> None:

@@ -37,7 +37,6 @@ class StepDone:
     gradient_norm: float
     learning_rate: float
     tokens: int
-    scored_tokens: int
     seconds: float
     tokens_per_second: float
     memory_bytes: int
@@ -69,7 +68,7 @@ def fit(
     saved = resume(checkpoints, model.hf, optimizer)
     first = saved.step if saved else 0
     totals = dict(saved.state) if saved else {}
-    tokens, scored, seconds = (totals.get(key, 0.0) for key in ("tokens", "scored_tokens", "seconds"))
+    tokens, seconds = totals.get("tokens", 0.0), totals.get("seconds", 0.0)
     last_save = time.monotonic()
     note = f"resumed after step {first}" if first else ""
     damaged = tuple(f"{name}: {problem}" for name, problem in saved.damaged.items()) if saved else ()
@@ -80,10 +79,10 @@ def fit(
     for step in range(first, source.steps):
         start = time.monotonic()
         batches = [batch.to(world.device) for batch in source(step)]
-        value, norm, share, report = _step(model, batches, loss, optimizer, step, source.steps, how, world)
-        here = world.sum([float(sum(batch.layout.real_tokens for batch in batches)), share])
+        value, norm, report = _step(model, batches, loss, optimizer, step, source.steps, how, world)
+        (here,) = world.sum([float(sum(batch.layout.real_tokens for batch in batches))])
         took = time.monotonic() - start
-        tokens, scored, seconds = tokens + here[0], scored + here[1], seconds + took
+        tokens, seconds = tokens + here, seconds + took
         yield StepDone(
             step=step + 1,
             steps=source.steps,
@@ -91,9 +90,8 @@ def fit(
             gradient_norm=norm,
             learning_rate=learning_rate(step, source.steps, how),
             tokens=int(tokens),
-            scored_tokens=int(scored),
             seconds=seconds,
-            tokens_per_second=here[0] / took,
+            tokens_per_second=here / took,
             memory_bytes=memory_bytes(world.device),
             report=report,
             resumed=note,
@@ -104,7 +102,7 @@ def fit(
         stopped = world.sum([float(stop())])[0] > 0
         due = time.monotonic() - last_save > how.checkpoint_seconds or step + 1 == source.steps
         if world.leads and (due or stopped):
-            state = {"tokens": tokens, "scored_tokens": scored, "seconds": seconds}
+            state = {"tokens": tokens, "seconds": seconds}
             save_checkpoint(checkpoints, step + 1, model.hf, optimizer, state)
             last_save = time.monotonic()
         if stopped and step + 1 < source.steps:
@@ -130,10 +128,9 @@ def _step(
     steps: int,
     how: Optimization,
     world: World,
-) -> tuple[float, float, float, dict[str, float]]:
-    """One optimizer step: loss per unit of the denominator, gradient norm, this rank's share, further means."""
-    share = sum(loss.count(batch) for batch in batches)
-    (total,) = world.sum([share])
+) -> tuple[float, float, dict[str, float]]:
+    """One optimizer step: loss per unit of the denominator, gradient norm, further means."""
+    (total,) = world.sum([sum(loss.count(batch) for batch in batches)])
     if not total:
         raise TrainingError(
             f"no token is trained in step {step + 1}",
@@ -163,7 +160,7 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, steps, how)
     optimizer.step()
-    return value / total, norm, share, {key: part / total for key, part in zip(report, sums, strict=True)}
+    return value / total, norm, {key: part / total for key, part in zip(report, sums, strict=True)}
 
 
 def _rows(batches: Sequence[Batch]) -> str:
