@@ -143,13 +143,40 @@ def test_plan_predicts_and_writes_nothing(shell: Shell, tiny_recipe: Make) -> No
     assert [path.name for path in shell.home.iterdir()] == ["job.yaml"]
 
 
+@pytest.mark.parametrize("command", ["check", "plan"])
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("task.metric", "exactmatch", "unknown metric"),
+        ("task.also", ["nofile.py:f"], "no such file"),
+        ("data.test", 0, "the result is judged on test rows"),
+    ],
+)
+def test_check_and_plan_refuse_what_run_would(
+    shell: Shell, tiny_recipe: Make, command: str, key: str, value: object, told: str
+) -> None:
+    done = shell(command, shell.write("job.yaml", tiny_recipe({key: value})))
+    assert done.code == 2
+    assert told in done.err
+
+
+def test_keys_without_effect_are_told(shell: Shell, tiny_recipe: Make) -> None:
+    done = shell("check", shell.write("job.yaml", tiny_recipe({"reward": "runs/reward", "policy.rollouts": 7})))
+    assert done.code == 0
+    assert "reward has no effect with method: sft" in done.out
+    assert "policy has no effect with method: sft" in done.out
+    assert "preference has" not in done.out
+
+
 def test_evaluate_grades_other_rows_as_json(shell: Shell, finished_run: Path) -> None:
-    data = shell.write("new.jsonl", '{"prompt": "Upper case of: zzz", "completion": "ZZZ"}\n')
+    line = '{"prompt": "Upper case of: zzz", "completion": "ZZZ"}\n'
+    data = shell.write("new.jsonl", line + line)
     done = shell("evaluate", finished_run.with_name("run"), "--data", data, "--update", "lora")
     assert done.code == 0, done.err
     found = json.loads(done.out)
-    assert found["rows"] == 1
-    assert set(found["metrics"]) == {"exact_match", "token_f1"}
+    assert (found["rows"], found["left_out"]) == (1, {"exact duplicate": 1})
+    assert "1 rows are left out: exact duplicate" in done.err
+    assert set(found["metrics"]) == {"exact_match", "token_f1", "unended"}
 
 
 def test_compare_pairs_two_runs(shell: Shell, finished_run: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from . import __version__
-from .errors import RecipeError, TunesmithError
+from .errors import Interrupted, RecipeError, TunesmithError
 from .recipe import Recipe, known_keys, load_recipe
 from .screen import Screen, terminal
 
@@ -98,7 +98,7 @@ def check(
     vocabulary = load_vocabulary(resolved.base)
     for note in vocabulary.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
-    examples, ledger = trained_rows(resolved, vocabulary, Screen(console=console))
+    examples, ledger = trained_rows(resolved, recipe.parent, vocabulary, Screen(console=console))
     for example in examples[:rows]:
         console.rule(
             f"row {example.id}: {int((example.weights > 0).sum())} of {len(example.tokens)} tokens trained", style="dim"
@@ -116,7 +116,7 @@ def plan(recipe: RecipePath, set_: Overrides = None, debug: Debug = False) -> No
     from .pipeline.forecast import forecast
     from .world import world_from_env
 
-    forecast(load_recipe(recipe, tuple(set_ or ())), world_from_env(), Screen(console=terminal()))
+    forecast(load_recipe(recipe, tuple(set_ or ())), recipe.parent, world_from_env(), Screen(console=terminal()))
 
 
 @app.command()
@@ -279,7 +279,7 @@ def _print_report(run_folder: Path) -> None:
 
 
 def main() -> None:
-    """Entry point: every expected error is one message and exit code 2."""
+    """Entry point: every expected error is one message and exit code 2, a stop that was asked for 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     errors = terminal(stderr=True, soft_wrap=True)
@@ -288,13 +288,16 @@ def main() -> None:
     except TunesmithError as error:
         if "--debug" in sys.argv:
             raise
-        errors.print("[bold red]error[/]", end=" ")
-        errors.print(str(error), markup=False, highlight=False)
-        sys.exit(2)
+        stopped = isinstance(error, Interrupted)
+        errors.print("[bold]stopped[/]" if stopped else "[bold red]error[/]", end=" ")
+        errors.print(str(error).removeprefix("stopped "), markup=False, highlight=False)
+        sys.exit(INTERRUPTED if stopped else 2)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            errors.print("stopped; run the same command to go on")
+            errors.print("stopped; the same command begins again, or goes on where there is a run folder")
         raise
+    except KeyboardInterrupt:  # before the command itself has begun
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

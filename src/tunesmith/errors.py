@@ -5,6 +5,7 @@
     ├── DataError                 a row: always file, line and what to change
     ├── ModelError                a base model or adapter that cannot be used
     ├── TrainingError             training cannot go on (no trained token, NaN, out of memory)
+    │   └── Interrupted           it was asked to stop, and did (exit code 130)
     └── FolderError               the run folder: locked, full, damaged, of another recipe
 
 Every message has three parts: what happened, where (file, line, key), and what to do next.
@@ -35,6 +36,10 @@ class ModelError(TunesmithError):
 
 class TrainingError(TunesmithError):
     """Training stopped, and the last good checkpoint is kept."""
+
+
+class Interrupted(TrainingError):
+    """Stopped by a signal after a step whose checkpoint is on the disk."""
 
 
 class FolderError(TunesmithError):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.errors import RecipeError
-from tunesmith.evaluate.own import load_function
+from tunesmith.evaluate.own import load_function, own_grade
 from tunesmith.evaluate.rewarding import FIRST_PROBLEMS, FunctionReward
 from tunesmith.types import Item, Message
 
@@ -203,3 +203,12 @@ def test_closing_leaves_no_process_behind(tmp_path: Path) -> None:
         assert process != os.getpid()
     assert not Path(f"/proc/{int(process)}").exists()
     grade.close()
+
+
+def test_a_second_parameter_called_reference_gets_the_reference_alone(tmp_path: Path) -> None:
+    text = "def equal(answer, reference):\n    return answer == reference\n\n\ndef fails(answer, reference):\n    return 1 / 0\n"
+    (tmp_path / "own.py").write_text(text, encoding="utf-8")
+    item = Item(prompt=(), reference="B", id="one")
+    assert own_grade("own.py:equal", tmp_path)([item, item], ["B", "C"]) == [1.0, 0.0]
+    with pytest.raises(RecipeError, match="line 6"):
+        own_grade("own.py:fails", tmp_path)([item], ["B"])

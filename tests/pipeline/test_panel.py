@@ -44,7 +44,13 @@ def test_nats_from_the_reference_are_of_what_is_drawn_at_the_temperature(
     policy, base = (model_of(tiny_model_folder, packs, sharper) for sharper in (6, 1))
     items = tuple(Item(prompt=(Message(role="user", content=f"Q{n}"),), reference="", id=str(n)) for n in range(4))
     prompts = Prompts(
-        items={"test": items}, examples=(), max_new_tokens=5, longest_tokens=64, census=Census(splits={}), ledger=()
+        items={"test": items},
+        examples=(),
+        max_new_tokens=5,
+        longest_tokens=64,
+        census=Census(splits={}),
+        ledger=(),
+        unit="prompt",
     )
     panel = Panel(rewards={}, grades={}, decides="", missing_end=-1.0)
     how = Sampling(max_new_tokens=5, temperature=temperature, seed=1)

@@ -135,6 +135,10 @@ def test_what_rows_show_is_known_beforehand_for_right_or_wrong_only(tiny_recipe:
     assert what_rows_show(parse_recipe(tiny_recipe({"task.metric": "completion_loss"})), 100)[0] is None
 
 
+def test_too_few_test_rows_are_said_to_carry_no_verdict(tiny_recipe: Make) -> None:
+    assert what_rows_show(parse_recipe(tiny_recipe()), 9)[1].startswith("9 test rows carry no verdict")
+
+
 def test_each_row_that_is_not_too_long_has_its_own_example(
     tiny_recipe: Make, tmp_path: Path, vocabulary: Vocabulary
 ) -> None:

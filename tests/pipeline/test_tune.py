@@ -22,7 +22,6 @@ from tunesmith.pipeline import tune as module
 from tunesmith.pipeline.tune import Material, Tuned, tune
 from tunesmith.recipe import Recipe, Update, dump_recipe, parse_recipe
 from tunesmith.screen import Screen
-from tunesmith.train.fit import Interrupted
 from tunesmith.train.optim import Optimization
 from tunesmith.types import Example, Item, Message
 from tunesmith.world import World

@@ -350,7 +350,7 @@ def test_a_bad_row_fails_the_job_with_its_file_line_and_reason(client: OpenAI, s
         ("Traceback\nMemoryError: no\n", 1, "run_failed", "the worker ended with code 1: MemoryError: no"),
         ("", 1, "run_failed", "the worker ended with code 1: it said nothing"),
         ("step 1", -9, "worker_killed", "the worker was ended by SIGKILL"),
-        ("error stopped after step 3 of 9\nRun it again.", 2, "worker_killed", "the worker was ended by a signal"),
+        ("stopped after step 3 of 9\nRun it again.", 130, "worker_killed", "the worker was ended by a signal"),
     ],
 )
 def test_why_a_worker_ended_is_read_from_its_log(log: str, code: int, kind: str, message: str, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from tunesmith.model.load import Model, load
 from tunesmith.model.lora import LoraShape, attach_lora
 from tunesmith.tensors import Batch, LossTerms, Scores
 from tunesmith.train.checkpoint import trainable
-from tunesmith.train.fit import Interrupted, StepDone, fit
+from tunesmith.train.fit import StepDone, fit
 from tunesmith.train.interrupt import graceful
 from tunesmith.train.optim import Optimization
 from tunesmith.types import Example

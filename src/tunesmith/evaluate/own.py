@@ -7,7 +7,9 @@ wrong in it becomes one sentence with file, function, line and item.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
+import inspect
 import math
 import numbers
 import sys
@@ -24,7 +26,8 @@ from ..types import Grade, Item
 
 
 def own_grade(name: str, root: Path) -> Grade:
-    """The Grade of `file.py:function`, which is called as function(answer: str, item: Item) -> float | bool.
+    """The Grade of `file.py:function`, which is called as function(answer: str, item: Item) -> float | bool, or with
+    the reference alone where its second parameter is called `reference`.
 
     Raises RecipeError as load_function does; its Grade raises one where the function fails or returns no finite number.
     """
@@ -62,11 +65,26 @@ def load_function(name: str, root: Path) -> Callable[..., Any]:
 def _function_of(module: ModuleType, function_name: str, name: str) -> Callable[..., Any]:
     function = vars(module).get(function_name)
     if callable(function):
-        return function
+        return _of_reference(function) if _second_parameter(function) == "reference" else function
     known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     near = difflib.get_close_matches(function_name, known, n=1, cutoff=0.4)
     fix = f"Did you mean {near[0]!r}?" if near else f"The file defines: {', '.join(known) or 'no function'}."
     raise RecipeError(f"no function {function_name!r} in the file", where=name, fix=fix)
+
+
+def _second_parameter(function: Callable[..., Any]) -> str:
+    try:
+        return [*inspect.signature(function).parameters, "", ""][1]
+    except (TypeError, ValueError):  # some built-in functions say nothing of themselves
+        return ""
+
+
+def _of_reference(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def called(answer: str, item: Item) -> Any:
+        return function(answer, item.reference)
+
+    return called
 
 
 def _score(name: str, function: Callable[..., Any], item: Item, answer: str) -> float:
@@ -74,7 +92,8 @@ def _score(name: str, function: Callable[..., Any], item: Item, answer: str) -> 
     try:
         score = function(answer, item)
     except Exception as error:
-        path = Path(function.__code__.co_filename) if isinstance(function, type(_score)) else None
+        inner = inspect.unwrap(function)
+        path = Path(inner.__code__.co_filename) if isinstance(inner, type(_score)) else None
         raise RecipeError(
             f"the function fails: {_raised(error, path)}", where=where, fix="Mend the function."
         ) from error

@@ -42,7 +42,11 @@ def kept_as(folder: Path, wanted: Weights, world: World) -> Derived:
     if wanted == "auto" and not spare:
         return FLOAT32
     why = f"float32 would take {float32 / 1e9:.1f} of {room / 1e9:.1f} GB; widened as they are multiplied, exactly"
-    return Derived(key=FLOAT32.key, value=kept, reason=why if wanted == "auto" else "from the recipe")
+    return Derived(
+        key=FLOAT32.key,
+        value=kept,
+        reason=why if wanted == "auto" else "as lora.weights asks, or full fine-tuning needs",
+    )
 
 
 def _in_files(folder: Path) -> tuple[int, str]:

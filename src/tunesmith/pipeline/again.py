@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +20,7 @@ from ..evaluate.measure import measure
 from ..evaluate.metrics import find_metric
 from ..evaluate.stats import contrast, estimate
 from ..evaluate.systems import Prompting
-from ..folder import RunFolder, is_run_folder, read_json, read_jsonl, write_json
+from ..folder import RunFolder, is_run_folder, read_json, read_jsonl, sha256_file, write_json
 from ..model.adapters import load_adapter
 from ..model.load import Model, load
 from ..model.sample import Sampling, sample
@@ -76,7 +77,8 @@ def evaluate_again(run_folder: Path, data: str, update: str, screen: Screen) -> 
         raise FolderError("does not say how answers were made", where=str(folder.plan), fix="Run the recipe again.")
     names = [recipe.task.metric, *recipe.task.also]
     grades = {name: find_metric(name, recipe.task, Path(plan["root"])) for name in names}
-    asked = questions(conversations(_read(data, recipe)), recipe.task)
+    rows, left_out = _read(data, recipe, plan, screen)
+    asked = questions(conversations(rows), recipe.task)
     model = open_model(str(run_folder), World(), update)
     how = Sampling(max_new_tokens=plan["max_new_tokens"], batch=recipe.evaluate.batch)
     with screen.progress("answering", len(asked)) as tick:
@@ -86,16 +88,18 @@ def evaluate_again(run_folder: Path, data: str, update: str, screen: Screen) -> 
     return {
         "data": data,
         "rows": len(asked),
+        "left_out": left_out,
         "metrics": {name: asdict(estimate(scores, level, seed)) for name, scores in found.scores.items()},
     }
 
 
 def _judged_again(folder: RunFolder, recipe: Recipe, data: str, screen: Screen) -> dict[str, Any]:
     """How often a run's reward models agree with other people's choices."""
-    rows = comparisons(_read(data, recipe))
+    kept, left_out = _read(data, recipe, read_json(folder.plan), screen)
+    rows = comparisons(kept)
     found = agreement_with(rows, folder, recipe, World(), screen)
     _count_read(folder, {row.id for row in rows})
-    return {"data": data, "rows": len(rows), **found}
+    return {"data": data, "rows": len(rows), "left_out": left_out, **found}
 
 
 def compare_runs(first: Path, second: Path) -> list[list[str]]:
@@ -140,11 +144,19 @@ def _asked(console: Console) -> str:
         return ""
 
 
-def _read(data: str, recipe: Recipe) -> Sequence[Conversation | Comparison]:
-    """All rows of a file that are worth asking, as a run would read them."""
+def _read(
+    data: str, recipe: Recipe, plan: Mapping[str, Any], screen: Screen
+) -> tuple[Sequence[Conversation | Comparison], dict[str, int]]:
+    """All rows of a file that are worth asking, as a run would read them, and how many were left out for what."""
     spec = DataSpec(train=data, layout=recipe.data.layout, columns=recipe.data.columns)
-    kept, _ = curate(Splits(train=(), valid=(), test=tuple(read(data, spec))), spec)
-    return kept.test
+    kept, ledger = curate(Splits(train=(), valid=(), test=tuple(read(data, spec))), spec)
+    left_out = dict(Counter(entry.reason for entry in ledger if entry.action == "dropped"))
+    for reason, count in left_out.items():
+        screen.warn(f"{count} rows are left out: {reason}")
+    trained = plan.get("files", {}).get("data.train")
+    if trained and Path(data).is_file() and sha256_file(Path(data)) == trained:
+        screen.warn("this is the file that the run was trained on: scores of its rows say nothing of new ones")
+    return kept.test, left_out
 
 
 def _count_read(folder: RunFolder, asked: set[str]) -> None:

@@ -9,15 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FolderError, RecipeError
+from ..evaluate.metrics import find_metric
 from ..folder import RunFolder, is_run_folder, locked, only_begun, open_run, read_json, write_json, write_jsonl
 from ..model.load import Model, load
 from ..model.stored import FLOAT32
 from ..recipe import Recipe, dump_recipe
 from ..screen import Screen
 from ..train.meter import machine
-from ..types import LedgerEntry
+from ..types import Grade, LedgerEntry
 from ..world import World
 from .prepare import fingerprints
+
+UNREAD = {
+    "sft": ("reward", "policy", "preference"),
+    "reward": ("reward", "policy"),
+    "dpo": (),
+    "ppo": ("preference",),
+    "grpo": ("preference",),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +63,16 @@ def needs_held_out(recipe: Recipe) -> None:
         if not getattr(recipe.data, name):
             use = "prompts and weights are chosen" if name == "valid" else "the result is judged"
             raise RecipeError(f"{use} on {name} rows", where=f"data.{name}", fix="Give a fraction above 0, or a file.")
+
+
+def checked(recipe: Recipe, root: Path, screen: Screen) -> dict[str, Grade]:
+    """The metrics, found; keys that the method does not read are told. Raises RecipeError for what cannot be run."""
+    needs_held_out(recipe)
+    for key in UNREAD[recipe.method]:
+        if getattr(recipe, key) != Recipe.model_fields[key].get_default(call_default_factory=True):
+            screen.warn(f"{key} has no effect with method: {recipe.method}")
+    named = [recipe.task.metric, *recipe.task.also] if recipe.method == "sft" else recipe.task.also
+    return {name: find_metric(name, recipe.task, root) for name in named}
 
 
 def one_update(recipe: Recipe) -> None:

@@ -19,7 +19,7 @@ from ..model.score import score
 from ..train.meter import release_memory
 from ..train.plan import Settings, derive
 from .aligned import Aligning, align, reference_of
-from .begin import Place, load_base, needs_held_out, one_update
+from .begin import Place, checked, load_base, one_update
 from .pairs import Pairs, prepare_pairs
 from .panel import open_panel
 from .prepare import answer_room
@@ -32,14 +32,14 @@ REFERENCE = "reference"
 def learn_from_choices(place: Place) -> None:
     """Train a policy on pairs and write results.json."""
     recipe, world, screen = place.recipe, place.world, place.screen
-    needs_held_out(recipe)
+    checked(recipe, place.root, place.screen)
     one_update(recipe)
     base = load_base(recipe, world, screen)
     screen.stage("Data", recipe.data.train)
     pairs = prepare_pairs(recipe, base.vocabulary, screen)
     prompts = _asked(pairs, place, base.vocabulary)
     with ExitStack() as stack:
-        panel = open_panel(recipe, place.root, base, world, stack)
+        panel = open_panel(recipe, place.root, base, world, stack, screen)
         align(place, base, prompts, panel, lambda model: _begin(place, model, pairs))
 
 

@@ -16,8 +16,9 @@ from ..recipe import Recipe
 from ..screen import Screen
 from ..train.meter import machine
 from ..train.plan import derive, predict
-from ..types import Example, LedgerEntry
+from ..types import FEWEST_ROWS, Example, LedgerEntry
 from ..world import World
+from .begin import checked
 from .pairs import prepare_pairs
 from .prepare import prepare
 from .prompts import prepare_prompts
@@ -27,9 +28,10 @@ TIMED_TEXTS = 8
 
 
 def trained_rows(
-    recipe: Recipe, vocabulary: Vocabulary, screen: Screen
+    recipe: Recipe, root: Path, vocabulary: Vocabulary, screen: Screen
 ) -> tuple[Sequence[Example], Sequence[LedgerEntry]]:
     """What a method trains on, as far as it is known before (ppo and grpo draw their own answers), and the ledger."""
+    checked(recipe, root, screen)
     if recipe.method == "sft":
         data = prepare(recipe, vocabulary, screen)
         return data.train, data.ledger
@@ -40,13 +42,14 @@ def trained_rows(
     return prompts.examples, prompts.ledger
 
 
-def forecast(recipe: Recipe, world: World, screen: Screen) -> None:
+def forecast(recipe: Recipe, root: Path, world: World, screen: Screen) -> None:
     """Print derived values with reasons, predicted cost of each update, and what the test rows can show."""
     if recipe.method != "sft":
         what = f"a run with method {recipe.method} prints its plan when its first steps have been timed"
         raise RecipeError(
             what, where="method", fix="Start it with `tunesmith run`; stop it with Ctrl-C if it is too much."
         )
+    checked(recipe, root, screen)
     facts = machine(world.device)
     memory = f"{float(str(facts['memory_bytes'])) / 1e9:.0f} GB"
     screen.stage("Machine", f"{facts['device']}, {facts['threads']} threads, {memory}")
@@ -78,6 +81,9 @@ def what_rows_show(recipe: Recipe, rows: int) -> tuple[float | None, str]:
     Known beforehand for 0/1 scores only; what others show depends on their spread.
     """
     metric, level = recipe.task.metric, recipe.evaluate.level
+    if rows < FEWEST_ROWS:
+        fix = "give more rows, or a larger data.test"
+        return None, f"{rows} test rows carry no verdict, it takes at least {FEWEST_ROWS}: {fix}"
     if not is_binary(metric):
         return None, f"{rows} test rows; what they can show of {metric} depends on its spread, and the verdict says it"
     smallest = smallest_difference(rows, level)

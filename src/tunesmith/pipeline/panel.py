@@ -28,6 +28,7 @@ from .prompts import Prompts
 from .reward import JUDGE, REWARD, load_reward
 
 SCORE_TOKENS = 4096
+MANY_ANSWERS = 16  # of which a function that works scores at least one
 Reference = Callable[[], AbstractContextManager[Model]]
 
 
@@ -69,19 +70,18 @@ class Seen:
         )
 
 
-def open_panel(
-    recipe: Recipe, root: Path, policy: Model, world: World, stack: ExitStack, screen: Screen | None = None
-) -> Panel:
+def open_panel(recipe: Recipe, root: Path, policy: Model, world: World, stack: ExitStack, screen: Screen) -> Panel:
     """Load who scores; `screen` says why a function gave no score.
 
-    Raises RecipeError or ModelError where one is missing or reads other tokens than the policy.
+    Raises RecipeError or ModelError where one is missing or reads other tokens than the policy. A function that scores
+    none of many answers raises RecipeError when it is asked.
     """
     spec = recipe.reward
     found: dict[str, Reward] = {}
     judge = spec.judge
     if ".py:" in spec.by:
         worker = stack.enter_context(FunctionReward(spec.by, root, spec.seconds))
-        found["reward"] = _by_function(worker, screen or Screen(quiet=True))
+        found["reward"] = _by_function(worker, screen)
     elif spec.by:
         found["reward_score"] = _by_model(_fitting(spec.by, REWARD, policy, world))
         judge = judge or (spec.by if (Path(spec.by) / JUDGE).is_dir() else "")
@@ -170,6 +170,9 @@ def _by_function(worker: FunctionReward, screen: Screen) -> Reward:
         scores = worker([answer.item for answer in answers], [answer.completion.text.strip() for answer in answers])
         for problem in worker.problems[told:]:
             screen.warn(f"an answer has no score: {problem}")
+        if len(scores) >= MANY_ANSWERS and not any(map(math.isfinite, scores)):
+            what = f"the function scored none of {len(scores)} answers ({'; '.join(worker.failures)})"
+            raise RecipeError(what, where=worker.name, fix="Mend the function: the answers are said above.")
         return scores
 
     return score

@@ -23,7 +23,7 @@ from ..train.optim import Optimization
 from ..train.plan import Prediction, Settings, derive_policy, predict
 from ..types import Example
 from .aligned import Aligning, align, reference_of
-from .begin import Place, load_base, needs_held_out, one_update
+from .begin import Place, checked, load_base, one_update
 from .panel import Panel, Reference, at_temperature, open_panel
 from .prompts import Prompts, prepare_prompts
 from .reward import REWARD, load_reward
@@ -37,7 +37,7 @@ PENALTY = {"ppo": 0.05, "grpo": 0.0}
 def learn_from_rewards(place: Place) -> None:
     """Train a policy against a reward and write results.json."""
     recipe, world, screen = place.recipe, place.world, place.screen
-    needs_held_out(recipe)
+    checked(recipe, place.root, place.screen)
     one_update(recipe)
     if world.size > 1:
         raise RecipeError(

@@ -83,6 +83,9 @@ def prepare(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> Prepared:
         ledger=found.ledger,
     )
     _show(prepared, screen)
+    if longest > prepared.max_new_tokens:
+        what = f"the longest answer has {longest} tokens, task.max_new_tokens = {prepared.max_new_tokens}"
+        screen.warn(f"{what}: no arm can give it in full")
     if found.census.total.read > MANY_ROWS and spec.near_duplicates < 1:
         compared = f"a row is compared with the {MOST_COMPARED} look-alikes before it in each hash band"
         screen.line(f"over {MANY_ROWS:,} rows: {compared}, so some near-duplicates may stay")

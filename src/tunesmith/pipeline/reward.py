@@ -29,7 +29,7 @@ from ..train.meter import machine, release_memory, reset_peak_memory
 from ..train.plan import Settings, derive
 from ..types import Comparison, Measurement
 from ..world import World
-from .begin import Place, load_base, needs_held_out, one_update, opened
+from .begin import Place, checked, load_base, one_update, opened
 from .loop import Undertaking, carry_out
 from .pairs import Pairs, halves, margin, pair, prepare_pairs, scored_pairs
 from .tune import account, attach, optimization, planned
@@ -55,7 +55,7 @@ class Judged:
 def learn_reward(place: Place) -> None:
     """Train one or two reward models and write results.json."""
     recipe, world, folder = place.recipe, place.world, place.folder
-    needs_held_out(recipe)
+    checked(recipe, place.root, place.screen)
     one_update(recipe)
     base = load_base(recipe, world, place.screen)
     place.screen.stage("Data", recipe.data.train)

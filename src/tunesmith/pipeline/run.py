@@ -16,7 +16,7 @@ from typing import Any
 from ..data.read import read_choices
 from ..errors import RecipeError
 from ..evaluate.forgetting import Forgetting, Remembered, forgotten, remember
-from ..evaluate.metrics import find_metric, higher_is_better
+from ..evaluate.metrics import higher_is_better
 from ..evaluate.systems import Prompting
 from ..folder import RunFolder, write_json
 from ..model.load import Model
@@ -27,7 +27,7 @@ from ..train.meter import machine
 from ..types import Item, Measurement
 from ..world import World
 from .arms import TEACHER, Asking, Selected, ask, grade_teacher, look_up, select_prompts
-from .begin import Place, finished, load_base, needs_held_out, opened
+from .begin import Place, checked, finished, load_base, opened
 from .choices import learn_from_choices
 from .forecast import what_rows_show
 from .policy import learn_from_rewards
@@ -130,8 +130,7 @@ def _supervised(place: Place, taught: Mapping[str, Any] | None) -> None:
 def _read(place: Place, taught: Mapping[str, Any] | None) -> tuple[Job, Model]:
     """Everything that can be wrong with the recipe, its files or its base shows here, before a folder is made."""
     recipe, world, screen, root = place.recipe, place.world, place.screen, place.root
-    needs_held_out(recipe)
-    grades = {name: find_metric(name, recipe.task, root) for name in [recipe.task.metric, *recipe.task.also]}
+    grades = checked(recipe, root, screen)
     retention = read_choices(recipe.evaluate.retention) if recipe.evaluate.retention else []
     base = load_base(recipe, world, screen)
     screen.stage("Data", recipe.data.train)

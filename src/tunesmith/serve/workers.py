@@ -298,7 +298,7 @@ def problem_in(log: Path, begun: int, code: int) -> dict[str, Any]:
         lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
     starts = [number for number, line in enumerate(lines) if line.startswith("error ")]
     said = " ".join(lines[starts[-1] :]).removeprefix("error ") if starts else ""
-    if code < 0 or code in (130, 143) or "stopped after step" in said:
+    if code < 0 or code in (130, 143):
         by = signal.Signals(-code).name if code < 0 else "a signal"
         return {"code": "worker_killed", "message": f"the worker was ended by {by}", "param": None}
     if not said:

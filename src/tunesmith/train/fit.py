@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import TrainingError
+from ..errors import Interrupted, TrainingError
 from ..model.load import Model
 from ..model.score import score
 from ..tensors import Batch, Loss, StepSource
@@ -43,10 +43,6 @@ class StepDone:
     report: Mapping[str, float] = field(default_factory=dict)
     resumed: str = ""
     damaged: tuple[str, ...] = ()
-
-
-class Interrupted(TrainingError):
-    """The user stopped the run; a checkpoint holds every finished step."""
 
 
 def fit(
