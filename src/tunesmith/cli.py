@@ -294,7 +294,7 @@ def main() -> None:
         sys.exit(INTERRUPTED if stopped else 2)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            errors.print("stopped; the same command begins again, or goes on where there is a run folder")
+            errors.print("stopped; run the same command to go on")
         raise
     except KeyboardInterrupt:  # before the command itself has begun
         sys.exit(INTERRUPTED)

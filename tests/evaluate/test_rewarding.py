@@ -206,8 +206,14 @@ def test_closing_leaves_no_process_behind(tmp_path: Path) -> None:
 
 
 def test_a_second_parameter_called_reference_gets_the_reference_alone(tmp_path: Path) -> None:
-    text = "def equal(answer, reference):\n    return answer == reference\n\n\ndef fails(answer, reference):\n    return 1 / 0\n"
-    (tmp_path / "own.py").write_text(text, encoding="utf-8")
+    text = """
+    def equal(answer, reference):
+        return answer == reference
+
+    def fails(answer, reference):
+        return 1 / 0
+    """
+    (tmp_path / "own.py").write_text(textwrap.dedent(text), encoding="utf-8")
     item = Item(prompt=(), reference="B", id="one")
     assert own_grade("own.py:equal", tmp_path)([item, item], ["B", "C"]) == [1.0, 0.0]
     with pytest.raises(RecipeError, match="line 6"):

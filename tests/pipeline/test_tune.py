@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tunesmith.errors import Interrupted
 from tunesmith.folder import RunFolder, locked, manifest_problem, open_run, read_json, read_jsonl, write_json
 from tunesmith.model.sample import Sampling
 from tunesmith.pipeline import tune as module

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tunesmith.errors import TrainingError
+from tunesmith.errors import Interrupted, TrainingError
 from tunesmith.methods.sft import CrossEntropy, SftSteps
 from tunesmith.model.load import Model, load
 from tunesmith.model.lora import LoraShape, attach_lora
