@@ -16,7 +16,7 @@ from ..data.read import read
 from ..data.render import prompt_tokens
 from ..data.split import Splits
 from ..errors import FolderError, RecipeError
-from ..evaluate.measure import measure
+from ..evaluate.measure import measure, scored
 from ..evaluate.metrics import find_metric
 from ..evaluate.stats import contrast, estimate
 from ..evaluate.systems import Prompting
@@ -26,7 +26,7 @@ from ..model.load import Model, load
 from ..model.sample import Sampling, sample
 from ..recipe import DataSpec, Recipe, Update, load_recipe
 from ..screen import Screen
-from ..types import UNENDED, Comparison, Conversation, Measurement, Message
+from ..types import UNENDED, Comparison, Conversation, Message
 from ..world import World
 from .pairs import comparisons
 from .prepare import questions
@@ -115,7 +115,9 @@ def compare_runs(first: Path, second: Path) -> list[list[str]]:
     if not metrics:
         raise FolderError("the two runs share no metric", where=f"{first}, {second}", fix="Add one to task.also.")
     for metric in metrics:
-        one, two = (_measurement(scores, shared, metric) for scores in (a, b))
+        one, two = (
+            scored("tuned", shared, {metric: np.array([scores[name][metric] for name in shared])}) for scores in (a, b)
+        )
         found = contrast(one, two, metric)
         d = found.difference
         values = [f"{arm.scores[metric].mean():.4f}" for arm in (one, two)]
@@ -172,16 +174,3 @@ def _answers(run_folder: Path) -> dict[str, dict[str, float]]:
         raise FolderError("the run has no results.json", where=str(run_folder), fix="Finish it with `tunesmith run`.")
     subject = read_json(folder.results)["subject"]
     return {line["id"]: line["scores"] for line in read_jsonl(folder.answers(subject))}
-
-
-def _measurement(scores: dict[str, dict[str, float]], ids: list[str], metric: str) -> Measurement:
-    nothing = np.zeros(len(ids), dtype=np.int64)
-    return Measurement(
-        arm="tuned",
-        ids=tuple(ids),
-        answers=("",) * len(ids),
-        scores={metric: np.array([scores[name][metric] for name in ids])},
-        prompt_tokens=nothing,
-        completion_tokens=nothing,
-        seconds=0.0,
-    )

@@ -22,6 +22,7 @@ from .. import __version__
 from ..data.layout import message_of
 from ..data.render import as_turn, render
 from ..errors import FolderError, ModelError, RecipeError, TunesmithError
+from ..evaluate.measure import scored
 from ..evaluate.metrics import MODEL_METRICS, find_metric
 from ..evaluate.parity import Bounds, Reference, ask_elsewhere, compare, differences, refer, run_elsewhere
 from ..evaluate.stats import contrast
@@ -47,7 +48,7 @@ from ..recipe import Recipe, load_recipe
 from ..report.exports import export_sentence
 from ..report.page import write_report
 from ..screen import Screen
-from ..types import Contrast, Conversation, Item, Measurement, Message
+from ..types import Contrast, Conversation, Item, Message
 from ..world import World
 from .again import open_model
 
@@ -330,18 +331,6 @@ def _score(job: Job, reference: Reference, texts: Sequence[str]) -> tuple[Contra
         return None, f"{metric} could not be computed again ({error.what})"
     if not np.allclose(again, stored):
         return None, f"{metric} gives the judged answers other scores now, so it reads more than prompt and reference"
-    exported, judged = _arm("exported", items, texts, metric, found), _arm("judged", items, given, metric, stored)
+    ids = [item.id for item in items]
+    exported, judged = (scored(arm, ids, {metric: scores}) for arm, scores in (("exported", found), ("judged", stored)))
     return contrast(exported, judged, metric, evaluate.level, evaluate.seed), ""
-
-
-def _arm(name: str, items: Sequence[Item], texts: Sequence[str], metric: str, scores: np.ndarray) -> Measurement:
-    none = np.zeros(len(items), dtype=np.int64)
-    return Measurement(
-        arm=name,
-        ids=tuple(item.id for item in items),
-        answers=tuple(texts),
-        scores={metric: scores},
-        prompt_tokens=none,
-        completion_tokens=none,
-        seconds=0.0,
-    )

@@ -15,6 +15,7 @@ from .. import __version__
 from ..data.split import observations, unit_of
 from ..errors import ModelError
 from ..evaluate.choices import agreement, calibration, longer_wins, right, scores_of, verdict_on_reward, within_lengths
+from ..evaluate.measure import scored
 from ..evaluate.stats import contrast, estimate, one_each
 from ..folder import RunFolder, is_run_folder, read_json, write_json, write_jsonl
 from ..methods.annotate import Group
@@ -27,7 +28,7 @@ from ..recipe import Recipe, load_recipe
 from ..screen import Screen
 from ..train.meter import machine, release_memory, reset_peak_memory
 from ..train.plan import Settings, derive
-from ..types import Comparison, Measurement
+from ..types import Comparison
 from ..world import World
 from .begin import Place, checked, load_base, one_update, opened
 from .loop import Undertaking, carry_out
@@ -121,7 +122,7 @@ def agreement_with(
     groups = observations(rows, unit_of(rows, recipe.data))
     accuracies = {name: one_each(values, groups) for name, values in accuracies.items()}
     ids = tuple(dict.fromkeys(groups))
-    one, other = (_measurement(name, ids, accuracies[name]) for name in (REWARD, "length"))
+    one, other = (scored(name, ids, {"pair_accuracy": accuracies[name]}) for name in (REWARD, "length"))
     return {
         "pair_accuracy": {name: asdict(estimate(values, level, seed)) for name, values in accuracies.items()},
         "contrasts": [asdict(contrast(one, other, "pair_accuracy", level, seed))],
@@ -246,7 +247,7 @@ def _results(place: Place, pairs: Pairs, judged: Mapping[str, Judged]) -> dict[s
     }
     by_arm = {name: one_each(values, groups) for name, values in each.items()}
     ids = tuple(dict.fromkeys(groups))
-    measured = {name: _measurement(name, ids, values) for name, values in by_arm.items()}
+    measured = {name: scored(name, ids, {"pair_accuracy": values}) for name, values in by_arm.items()}
     others = [name for name in ("length", "untrained", JUDGE) if name in measured]
     contrasts = [contrast(measured[REWARD], measured[name], "pair_accuracy", level, seed) for name in others]
     accuracy = {name: estimate(values, level, seed) for name, values in by_arm.items()}
@@ -293,19 +294,6 @@ def _results(place: Place, pairs: Pairs, judged: Mapping[str, Judged]) -> dict[s
 def _answer_tokens(pairs: Sequence[Group]) -> np.ndarray:
     """Lengths [pairs 2] of the answers."""
     return np.array([[int((example.weights > 0).sum()) for example in group] for group in pairs])
-
-
-def _measurement(arm: str, ids: tuple[str, ...], values: np.ndarray) -> Measurement:
-    nothing = np.zeros(len(ids), dtype=np.int64)
-    return Measurement(
-        arm=arm,
-        ids=ids,
-        answers=("",) * len(ids),
-        scores={"pair_accuracy": values},
-        prompt_tokens=nothing,
-        completion_tokens=nothing,
-        seconds=0.0,
-    )
 
 
 def _write_answers(folder: RunFolder, pairs: Pairs, judged: Mapping[str, Judged]) -> None:
