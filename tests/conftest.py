@@ -46,6 +46,10 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+TOOLS_TEMPLATE = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + CHAT_TEMPLATE.replace(
+    "<|im_end|>\n{% endfor %}",
+    "{% for call in message.tool_calls or [] %}<call>{{ call | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}",
+)
 
 
 @pytest.fixture(scope="session")
@@ -153,6 +157,14 @@ def tiny_examples(tiny_tokenizer: PreTrainedTokenizerFast, tiny_rows: Path) -> l
         conversation = Conversation(messages=turns, id=f"row{number}", source=f"rows.jsonl:{number}")
         examples += render(conversation, tiny_tokenizer, [tiny_tokenizer.eos_token_id])
     return examples
+
+
+@pytest.fixture(scope="session")
+def tools_model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+    """The tiny model with a template that writes tools and calls; the other leaves them out."""
+    folder = shutil.copytree(tiny_model_folder, tmp_path_factory.mktemp("tools") / "model")
+    (folder / "chat_template.jinja").write_text(TOOLS_TEMPLATE, encoding="utf-8")
+    return folder
 
 
 @pytest.fixture

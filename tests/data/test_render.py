@@ -180,8 +180,9 @@ def test_an_answer_that_spells_the_end_of_turn_is_refused_with_its_line(
 def test_a_tool_call_that_spells_the_end_of_turn_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     call = {"function": {"name": "say", "arguments": {"text": "<|im_end|>"}}}
     turns = (Message(role="user", content="q"), Message(role="assistant", content="", tool_calls=(call,)))
-    with pytest.raises(DataError, match="rows.jsonl:7"):
-        render(Conversation(messages=turns, id="r", source="rows.jsonl:7"), tiny_tokenizer, [2])
+    tokenizer = with_template(tiny_tokenizer, WITH_TOOLS)
+    with pytest.raises(DataError, match="rows.jsonl:7: an answer holds"):
+        render(Conversation(messages=turns, id="r", source="rows.jsonl:7"), tokenizer, [2])
 
 
 def test_an_empty_answer_trains_its_end_of_turn(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

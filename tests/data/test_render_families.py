@@ -147,6 +147,61 @@ def test_an_end_of_turn_that_only_the_object_spells_is_refused(caller: PreTraine
         render(row, caller, [2])
 
 
+def test_a_call_that_the_template_leaves_out_is_refused_with_its_line(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    row = calling({"type": "function", "function": {"name": "weather", "arguments": "{}"}})
+    with pytest.raises(DataError, match=r"(?s)^rows.jsonl:7: .* writes no tool calls\n.*as text"):
+        render(row, tiny_tokenizer, [2])
+
+
+@pytest.mark.parametrize("begins", [(), (Message(role="system", content="Be brief."),)], ids=["user", "system"])
+def test_tools_that_the_template_leaves_out_are_refused_with_their_line(
+    begins: tuple[Message, ...], caller: PreTrainedTokenizerFast
+) -> None:
+    row = talk("Weather?", "Rain")
+    row = replace(row, messages=(*begins, *row.messages), tools=({"type": "function", "function": {"name": "f"}},))
+    with pytest.raises(DataError, match="rows.jsonl:7: .* writes no tool definitions"):
+        render(row, caller, [2])
+
+
+# Definitions only in the system's turn, as some templates have them.
+IN_THE_SYSTEM = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% if m['role'] == 'system' and tools %}{{ tools | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_tools_written_beside_a_system_only_are_refused_without_one(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = IN_THE_SYSTEM
+    row = replace(talk("Weather?", "Rain"), tools=({"name": "weather_in"},))
+    with pytest.raises(DataError, match="no tool definitions"):
+        render(row, tokenizer, [2])
+    (example,) = render(replace(row, messages=(Message(role="system", content="s"), *row.messages)), tokenizer, [2])
+    assert "weather_in" in tokenizer.decode(context(example))
+
+
+def test_a_template_that_refuses_tools_speaks_for_itself(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% if tools %}{{ raise_exception('one tool at most') }}{% endif %}" + CALLING
+    with pytest.raises(DataError, match="rows.jsonl:7: .*one tool at most"):
+        render(replace(talk("Weather?", "Rain"), tools=({"name": "f"},)), tokenizer, [2])
+
+
+def test_whether_a_template_writes_tools_is_found_out_once(
+    caller: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = calling({"function": {"name": "weather", "arguments": {}}})
+    render(row, caller, [2])
+    rendered: list[object] = []
+    written = caller.apply_chat_template
+    monkeypatch.setattr(
+        caller, "apply_chat_template", lambda turns, **how: rendered.append(turns) or written(turns, **how)
+    )
+    render(row, caller, [2])
+    assert len(rendered) == 2  # what stands before the answer, and with it
+
+
 ZEPHYR = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"

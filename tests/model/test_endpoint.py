@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import threading
 from typing import Any
 
+import httpx2
 import pytest
 
 from tunesmith.errors import ModelError, RecipeError
@@ -94,10 +96,69 @@ def test_a_server_that_stays_down_ends_in_one_message_and_what_was_answered_is_k
     assert len(found) == 4
 
 
-def test_nobody_there_says_so() -> None:
-    endpoint = Endpoint(url="http://127.0.0.1:9/v1", model="big", first_wait_seconds=0.001, tries=2)
-    with pytest.raises(ModelError, match="does not answer"):
+@pytest.fixture
+def nobody() -> str:
+    """An address of this machine where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+
+
+def test_an_address_where_nobody_listens_is_told_at_once(nobody: str) -> None:
+    # With so long a wait a second try would not end in this test's time.
+    endpoint = Endpoint(url=nobody, model="big", first_wait_seconds=3600.0)
+    with pytest.raises(ModelError) as caught:
         answer_all(endpoint, questions(2), lambda question, reply: None)
+    assert str(caught.value) == (
+        f"{nobody}: the teacher cannot be reached (connection refused)\nStart the server or mend task.teacher.by."
+    )
+
+
+def test_a_teacher_that_goes_away_is_told_at_the_first_retry_and_waited_for(
+    chat_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, Reply] = {}
+    said: list[str] = []
+    send, refusals = httpx2.HTTPTransport.handle_request, 0
+
+    def handle(transport: httpx2.HTTPTransport, request: httpx2.Request) -> httpx2.Response:
+        nonlocal refusals
+        if found and refusals < 2:
+            refusals += 1
+            raise httpx2.ConnectError("[Errno 111] Connection refused")
+        return send(transport, request)
+
+    monkeypatch.setattr(httpx2.HTTPTransport, "handle_request", handle)
+    endpoint = Endpoint(url=chat_server.url, model="big", first_wait_seconds=0.001, parallel=1)
+    answer_all(endpoint, questions(3), lambda question, reply: found.update({question.id: reply}), said.append)
+    assert (len(found), refusals) == (3, 2)
+    assert said == ["teacher does not answer (connection refused); trying again"]
+
+
+def test_a_teacher_that_stays_away_is_to_be_started_again(chat_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Reply] = {}
+    send = httpx2.HTTPTransport.handle_request
+
+    def handle(transport: httpx2.HTTPTransport, request: httpx2.Request) -> httpx2.Response:
+        if found:
+            raise httpx2.ConnectError("[Errno 111] Connection refused")
+        return send(transport, request)
+
+    monkeypatch.setattr(httpx2.HTTPTransport, "handle_request", handle)
+    endpoint = Endpoint(url=chat_server.url, model="big", first_wait_seconds=0.001, tries=2)
+    with pytest.raises(
+        ModelError, match=r"(?s)does not answer \(connection refused\).*Start the server again"
+    ) as caught:
+        answer_all(endpoint, questions(3), lambda question, reply: found.update({question.id: reply}))
+    assert "requests_per_minute" not in str(caught.value)
+
+
+def test_a_wait_that_the_server_asks_for_is_no_failure_to_tell(chat_server: Any) -> None:
+    said: list[str] = []
+    chat_server.faults += [(429, {"Retry-After": "0"}, {}), (500, {}, "oops"), "garbage"]
+    endpoint = Endpoint(url=chat_server.url, model="big", first_wait_seconds=0.001)
+    answer_all(endpoint, questions(2), lambda question, reply: None, said.append)
+    assert said == ["teacher does not answer (500: oops); trying again"]
 
 
 @pytest.mark.parametrize("status", [401, 403])

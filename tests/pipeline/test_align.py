@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 from safetensors import safe_open
 
-from tunesmith.errors import FolderError, ModelError, RecipeError, TunesmithError
+from tunesmith.errors import DataError, FolderError, ModelError, RecipeError, TunesmithError
 from tunesmith.evaluate.rewarding import FIRST_PROBLEMS
 from tunesmith.folder import RunFolder, read_json, read_jsonl, write_jsonl
 from tunesmith.methods.rollout import read_rollout
@@ -291,6 +291,20 @@ def test_imitation_of_prompts_without_answers_is_refused(policy: Callable[..., R
     with pytest.raises(RecipeError, match=r"policy\.mix: .*without answers to imitate"):
         run(parse_recipe(raw))
     assert not Path(raw["out"]).exists()
+
+
+@pytest.mark.parametrize("what", ["definitions", "calls"])
+def test_prompts_whose_tools_the_template_leaves_out_are_refused(
+    what: str, policy: Callable[..., Raw], tmp_path: Path
+) -> None:
+    function = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    called = [{"role": "assistant", "content": "", "tool_calls": [function]}, {"role": "tool", "content": "1"}]
+    prompts = [[{"role": "user", "content": f"Say {n}"}, *(called if what == "calls" else [])] for n in range(40)]
+    tools = {"tools": [function]} if what == "definitions" else {}
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": prompt, **tools} for prompt in prompts])
+    data = {"train": str(tmp_path / "rows.jsonl"), "valid": 0.2, "test": 0.2, "near_duplicates": 1.0}
+    with pytest.raises(DataError, match=rf"rows.jsonl:\d+: .* writes no tool {what}"):
+        run(parse_recipe(policy("grpo", data=data)))
 
 
 def test_a_reward_model_is_no_base(policy: Callable[..., Raw], reward_run: RunFolder) -> None:

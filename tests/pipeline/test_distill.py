@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -260,6 +261,31 @@ def test_no_inputs_and_rows_that_ask_nothing_are_told(raw: Make, tmp_path: Path)
     write_jsonl(tmp_path / "text.jsonl", [{"text": f"{n} {chr(97 + n % 26) * 9} alone"} for n in range(40)])
     with pytest.raises(DataError, match=r"text\.jsonl:\d+: the row is no input"):
         plan_distillation(parse_recipe(raw({"data.train": str(tmp_path / "text.jsonl")})), QUIET)
+
+
+@pytest.mark.parametrize("where", ["tools", "calls"])
+def test_tools_and_earlier_calls_that_a_teacher_would_not_see_are_refused(
+    where: str, raw: Make, tmp_path: Path
+) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    asked = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    turns = [*asked, {"role": "tool", "content": "42"}] if where == "calls" else asked[:1]
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]} if where == "tools" else {}
+    answer = {"role": "assistant", "content": "y"}
+    write_jsonl(
+        tmp_path / "rows.jsonl",
+        [{"messages": [{"role": "system", "content": str(n)}, *turns, answer], **tools} for n in range(20)],
+    )
+    with pytest.raises(DataError, match=r"rows.jsonl:\d+: a teacher is not sent tools"):
+        plan_distillation(parse_recipe(raw({"data.train": str(tmp_path / "rows.jsonl")})), QUIET)
+
+
+def test_a_teacher_that_does_not_run_is_told_at_once(raw: Make) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(ModelError, match=r"(?s)connection refused.*Start the server or mend task\.teacher\.by"):
+        distilled(parse_recipe(raw({"task.teacher.by": nobody})))
 
 
 def test_inputs_may_have_other_columns_and_the_test_file_references(raw: Make, tmp_path: Path, tiny_rows: Path) -> None:

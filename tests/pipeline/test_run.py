@@ -122,7 +122,9 @@ def test_choices_can_decide(job: Callable[..., RunFolder], tmp_path: Path) -> No
     assert set(found["arms"]) == {"base", "few_shot", "lora"}
 
 
-def test_systems_follow_ups_and_tools_pass_through(job: Callable[..., RunFolder], tmp_path: Path) -> None:
+def test_systems_follow_ups_and_tools_pass_through(
+    job: Callable[..., RunFolder], tmp_path: Path, tools_model_folder: Path
+) -> None:
     def row(n: int) -> dict[str, Any]:
         word = chr(97 + n % 26) * 5 + str(n)
         turns = [("system", "be brief"), ("user", word), ("assistant", "yes?"), ("user", "upper"), ("assistant", "A")]
@@ -130,7 +132,7 @@ def test_systems_follow_ups_and_tools_pass_through(job: Callable[..., RunFolder]
         return {"messages": messages, "tools": [{"type": "function", "function": {"name": "f"}}]}
 
     write_jsonl(tmp_path / "rows.jsonl", [row(n) for n in range(60)])
-    folder = job({"data.train": str(tmp_path / "rows.jsonl"), "task.shots": 1})
+    folder = job({"base": str(tools_model_folder), "data.train": str(tmp_path / "rows.jsonl"), "task.shots": 1})
     line = read_jsonl(folder.answers("lora"))[0]
     assert [turn["role"] for turn in line["prompt"]] == ["system", "user", "assistant", "user"]
     assert line["reference"] == "A"

@@ -141,6 +141,17 @@ def test_one_model_is_drawn_twice_and_a_second_run_draws_nothing(
         gather(recipe, tmp_path, Source(models=("another",)), QUIET)
 
 
+def test_prompts_whose_tools_the_template_leaves_out_are_not_drawn(
+    tmp_path: Path, tiny_recipe: Make, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    rows = [{"prompt": f"Say {n}", "completion": "x", "tools": tools} for n in range(20)]
+    recipe = parse_recipe(tiny_recipe({"data.train": rows_file(tmp_path / "rows.jsonl", *rows)}))
+    monkeypatch.setattr(draw, "load", lambda name, world: tiny_model)
+    with opened(tmp_path / "store", create=True) as store, pytest.raises(DataError, match="no tool definitions"):
+        draw_pairs(recipe, (recipe.base, recipe.base), 10, store, QUIET)
+
+
 def test_a_drawing_that_was_stopped_goes_on_and_ends_with_the_same_pairs(
     tmp_path: Path, tiny_recipe: Make, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

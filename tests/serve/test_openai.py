@@ -20,7 +20,9 @@ from tunesmith.types import Completion, Message
 from tunesmith.world import World
 
 if TYPE_CHECKING:
-    from conftest import Runs, Serving
+    from pathlib import Path
+
+    from conftest import Runs, Serve, Serving
 
 TOKENS = 24
 TURNS: list[Any] = [{"role": "user", "content": "Upper case of: abc"}]
@@ -200,19 +202,50 @@ def test_the_clients_own_helper_reads_a_stream(client: OpenAI) -> None:
         assert events.current_completion_snapshot.choices[0].message.content == text_of(chat(client))
 
 
-def test_turns_may_be_parts_tools_and_their_answers(client: OpenAI) -> None:
+def test_a_turn_may_be_parts(client: OpenAI) -> None:
     parts = [{"type": "text", "text": "Upper case of: "}, {"type": "text", "text": "abc"}]
     assert text_of(chat(client, messages=[{"role": "user", "content": parts}])) == text_of(chat(client))
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    turns = [
-        {"role": "developer", "content": "Be brief."},
-        {"role": "user", "content": "Call f."},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "1", "content": "42"},
-    ]
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
-    for choice in ("auto", "none"):
-        assert chat(client, messages=turns, tools=tools, tool_choice=choice).choices[0].message.role == "assistant"
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLED: list[Any] = [
+    {"role": "developer", "content": "Be brief."},
+    {"role": "user", "content": "Call f."},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "1", "content": "42"},
+]
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_turns_may_have_tools_and_their_answers(tools_model_folder: Path, serve: Serve) -> None:
+    server = serve(tools_model_folder, context_tokens=512)
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as one:
+        name = one.models.list().data[0].id
+        replies = [
+            chat(one, name, messages=CALLED, tools=TOOLS, tool_choice=choice, max_tokens=4)
+            for choice in ("auto", "none")
+        ]
+    assert all(reply.choices[0].message.role == "assistant" for reply in replies)
+    assert replies[0].usage
+    assert replies[1].usage
+    assert replies[0].usage.prompt_tokens > replies[1].usage.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "missing"),
+    [({"tools": TOOLS}, "tools", "tool definitions"), ({"messages": CALLED}, "messages", "tool calls")],
+    ids=["tools", "calls"],
+)
+def test_what_the_template_leaves_out_of_tools_is_refused_by_name(
+    changes: dict[str, Any], param: str, missing: str, client: OpenAI
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"template writes no {missing}") as caught:
+        chat(client, **changes)
+    assert caught.value.param == param
+
+
+def test_tools_that_shall_not_be_called_need_no_place_in_the_template(client: OpenAI) -> None:
+    assert text_of(chat(client, tools=TOOLS, tool_choice="none")) == text_of(chat(client))
 
 
 def test_parameters_that_ask_for_nothing_are_accepted(client: OpenAI) -> None:

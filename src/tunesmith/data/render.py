@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import numpy as np
@@ -35,6 +35,7 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, eos_i
     """Examples of one conversation. Raises DataError naming the row when the template cannot hold it."""
     if not conversation.messages:
         return [_plain_text(conversation, tokenizer, eos_ids)]
+    refuse_unwritten(conversation.messages, conversation.tools, tokenizer, conversation.source)
     examples: list[Example] = []
     tokens: list[int] = []
     weights: list[float] = []
@@ -58,6 +59,68 @@ def render_last(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, 
     last = int(np.flatnonzero(example.weights == 0)[-1])
     weights = np.where(np.arange(len(example.weights)) > last, example.weights, 0).astype(np.float32)
     return replace(example, weights=weights)
+
+
+def unwritten(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, object]], tokenizer: PreTrainedTokenizerBase
+) -> Literal["", "tool calls", "tool definitions"]:
+    """What these turns have and the chat template leaves out without a word."""
+    if any(message.tool_calls for message in messages) and not _writes_calls(tokenizer, beside_tools=bool(tools)):
+        return "tool calls"
+    begins = bool(messages) and messages[0].role == "system"
+    if tools and not _writes_tools(tokenizer, after_system=begins):
+        return "tool definitions"
+    return ""
+
+
+def refuse_unwritten(
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, object]],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+) -> None:
+    """Raises DataError where the template would leave tools or calls out: a call alone would be an empty answer."""
+    if missing := unwritten(messages, tools, tokenizer):
+        fix = (
+            "Use another base, whose template has a place for tools, or write them as text: definitions in the prompt, "
+            "a call in the answer, such as a completion with JSON."
+        )
+        raise DataError(f"this base's chat template writes no {missing}", where=where, fix=fix)
+
+
+@lru_cache(maxsize=8)
+def _writes_calls(tokenizer: PreTrainedTokenizerBase, *, beside_tools: bool) -> bool:
+    """Whether the template writes an assistant's calls; some bases have another one for turns with tools."""
+    # Mistral's templates want an id of nine letters or digits.
+    call = {"id": "abcdef123", "type": "function", "function": {"name": "kedgeree", "arguments": {"n": 1}}}
+    turns = [Message(role="user", content="q"), Message(role="assistant", content="", tool_calls=(call,))]
+    return _shows("kedgeree", turns, tokenizer, [_a_tool("porridge")] if beside_tools else [])
+
+
+@lru_cache(maxsize=8)
+def _writes_tools(tokenizer: PreTrainedTokenizerBase, *, after_system: bool) -> bool:
+    """Whether the template writes definitions of tools; some do it in the system's turn, and need one."""
+    turns = [Message(role="user", content="q")]
+    if after_system:
+        turns.insert(0, Message(role="system", content="s"))
+    return _shows("kedgeree", turns, tokenizer, [_a_tool("kedgeree")])
+
+
+def _a_tool(name: str) -> dict[str, object]:
+    parameters = {"type": "object", "properties": {"n": {"type": "integer", "description": "n"}}, "required": ["n"]}
+    return {"type": "function", "function": {"name": name, "description": "d", "parameters": parameters}}
+
+
+def _shows(
+    word: str,
+    turns: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[Mapping[str, object]],
+) -> bool:
+    try:
+        return word in _text(turns, tokenizer, tools, opens=turns[-1].role == "user")
+    except (jinja2.TemplateError, TypeError, KeyError):
+        return True  # it does look at them; whether it can take a row's own, rendering that row says
 
 
 def _turns(conversation: Conversation, count: int, tokenizer: PreTrainedTokenizerBase, *, opens: bool) -> str:

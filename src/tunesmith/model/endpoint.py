@@ -1,9 +1,9 @@
 """Answers from an OpenAI-compatible endpoint: a few at a time, no faster than allowed, until all have a reply.
 
 What may pass by itself is tried again: 429, 5xx, timeouts, broken connections and bodies, after the time that the
-server names in Retry-After, else after 1, 2, 4 ... seconds. What will not pass (a wrong key, an unknown model) stops
-the whole collection; what the server refuses of one question (400, a content filter) is that question's reply. The key
-goes into one header and nowhere else: not into messages, files or logs.
+server names in Retry-After, else after 1, 2, 4 ... seconds. What will not pass (a wrong key, an unknown model, an
+address where nobody was ever there) stops the whole collection; what the server refuses of one question (400, a content
+filter) is that question's reply. The key goes into one header and nowhere else: not into messages, files or logs.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..types import Message, Stop
 
 MOST_BYTES = 16 << 20
 LONGEST_WAIT_SECONDS = 600.0
+CONNECT_SECONDS = 20.0  # whoever has not taken the connection by then is not there
 _PASSING = {408, 409, 425, 429, *range(500, 600)}
 _REFUSALS = {400, 413, 422}
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -77,10 +78,15 @@ class Endpoint:
 
 
 class _Later(Exception):
-    """It may pass, after `seconds` if the server says so; with `everyone` nobody may start before that."""
+    """It may pass, after `seconds` if the server says so; with `everyone` nobody may start before that.
 
-    def __init__(self, reason: str, seconds: float | None = None, *, everyone: bool = False) -> None:
-        self.reason, self.seconds, self.everyone = reason, seconds, everyone
+    With `nobody` there was no connection.
+    """
+
+    def __init__(
+        self, reason: str, seconds: float | None = None, *, everyone: bool = False, nobody: bool = False
+    ) -> None:
+        self.reason, self.seconds, self.everyone, self.nobody = reason, seconds, everyone, nobody
         super().__init__(reason)
 
 
@@ -106,6 +112,27 @@ class _Pace:
             self._next = max(self._next, time.monotonic() + seconds)
 
 
+class _Line:
+    """What all threads know of the connection: whether there ever was one, and whether its loss was told."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.reached = False
+        self._say, self._told, self._lock = say, False, threading.Lock()
+
+    def works(self) -> None:
+        """An answer came."""
+        with self._lock:
+            self.reached, self._told = True, False
+
+    def fails(self, later: _Later) -> None:
+        """Tell it, once until the next answer. Being asked to wait is no failure."""
+        with self._lock:
+            self.reached = self.reached or not later.nobody
+            first, self._told = not (self._told or later.everyone), self._told or not later.everyone
+        if first:
+            self._say(f"teacher does not answer ({later.reason}); trying again")
+
+
 def check_url(url: str) -> None:
     """Raises RecipeError for an address that is none, or that holds a secret."""
     parts = urlsplit(url)
@@ -117,22 +144,28 @@ def check_url(url: str) -> None:
         raise RecipeError(f"{url} does not end in /v1", where="task.teacher.by", fix=fix)
 
 
-def answer_all(endpoint: Endpoint, questions: Sequence[Question], keep: Callable[[Question, Reply], None]) -> None:
-    """Ask every question; each reply is handed to `keep`, one at a time, as soon as it is there.
+def answer_all(
+    endpoint: Endpoint,
+    questions: Sequence[Question],
+    keep: Callable[[Question, Reply], None],
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Ask every question; each reply is handed to `keep`, one at a time, as soon as it is there; `say` tells the user.
 
     Raises ModelError where the teacher cannot be reached or will not answer. Whatever ends it early, questions under
     way are waited for and kept: they have been paid for.
     """
     if not questions:
         return
-    pace, writing = _Pace(endpoint.requests_per_minute), threading.Lock()
+    pace, line, writing = _Pace(endpoint.requests_per_minute), _Line(say), threading.Lock()
     headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
 
-    with httpx2.Client(headers=headers, timeout=endpoint.timeout_seconds) as client:
+    timeout = httpx2.Timeout(endpoint.timeout_seconds, connect=min(CONNECT_SECONDS, endpoint.timeout_seconds))
+    with httpx2.Client(headers=headers, timeout=timeout) as client:
 
         def one(question: Question) -> None:
             try:
-                reply = _until_answered(client, endpoint, question, pace)
+                reply = _until_answered(client, endpoint, question, pace, line)
                 if reply:
                     with writing:
                         keep(question, reply)
@@ -152,29 +185,42 @@ def answer_all(endpoint: Endpoint, questions: Sequence[Question], keep: Callable
                 raise
 
 
-def _until_answered(client: httpx2.Client, endpoint: Endpoint, question: Question, pace: _Pace) -> Reply | None:
+def _until_answered(
+    client: httpx2.Client, endpoint: Endpoint, question: Question, pace: _Pace, line: _Line
+) -> Reply | None:
     """The reply, after as many tries as it takes; None where everything stops before it is there."""
-    reason = "not asked"
+    reason, fix = "not asked", ""
     for attempt in range(endpoint.tries):
         pace.turn()
         if pace.stop.is_set():
             return None
         try:
-            return _ask(client, endpoint, question)
+            reply = _ask(client, endpoint, question)
+            line.works()
+            return reply
         except _Later as later:
-            reason = later.reason
-            wait = later.seconds
+            reason, fix, wait = later.reason, _what_to_do(later), later.seconds
+            if later.nobody and not line.reached:
+                fix = "Start the server or mend task.teacher.by."
+                raise ModelError(f"the teacher cannot be reached ({reason})", where=endpoint.url, fix=fix) from None
             if wait is None:
                 wait = endpoint.first_wait_seconds * 2**attempt * random.uniform(0.5, 1.5)  # noqa: S311, no secret
             if wait > LONGEST_WAIT_SECONDS:
                 reason = f"{reason}; it asks to come back in {wait:.0f} s"
                 break
+            if attempt + 1 < endpoint.tries:
+                line.fails(later)
             if later.everyone:
                 pace.hold(wait)
             elif attempt + 1 < endpoint.tries:
                 pace.stop.wait(wait)
-    fix = "Answers so far are kept: run the same command to go on, or lower task.teacher.requests_per_minute."
     raise ModelError(f"the teacher does not answer ({reason})", where=endpoint.url, fix=fix)
+
+
+def _what_to_do(later: _Later) -> str:
+    if later.nobody:
+        return "Start the server again and run the same command to go on: answers so far are kept."
+    return "Answers so far are kept: run the same command to go on, or lower task.teacher.requests_per_minute."
 
 
 def _ask(client: httpx2.Client, endpoint: Endpoint, question: Question) -> Reply:
@@ -198,7 +244,10 @@ def _ask(client: httpx2.Client, endpoint: Endpoint, question: Question) -> Reply
                 if len(content) > MOST_BYTES or time.monotonic() - start > endpoint.timeout_seconds:
                     raise _Later("the answer is too long or too slow")
     except (httpx2.HTTPError, httpx2.StreamError) as error:
-        raise _Later(_clean(str(error), endpoint) or type(error).__name__) from None
+        said = _clean(str(error), endpoint) or type(error).__name__
+        nobody = isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
+        # "[Errno 111] Connection refused", with another number on another system
+        raise _Later("connection refused" if nobody and "refused" in said else said, nobody=nobody) from None
     if response.status_code == 200:
         return _reply(bytes(content), time.monotonic() - start)
     return _no_reply(response, bytes(content), endpoint)

@@ -186,8 +186,9 @@ def _inputs(recipe: Recipe) -> tuple[dict[str, list[Conversation]], Sequence[Led
             if not isinstance(row, Conversation) or not row.prompt:
                 fix = "Give rows with a prompt; an answer may stand beside it."
                 raise DataError("the row is no input that a teacher can answer", where=row.source, fix=fix)
-            if row.tools:
-                raise DataError("a teacher is not sent tools", where=row.source, fix="Leave the tools out.")
+            if row.tools or any(message.tool_calls for message in row.prompt):
+                fix = "Leave the tools and their calls out."
+                raise DataError("a teacher is not sent tools", where=row.source, fix=fix)
             rows[name].append(row)
     return rows, ledger
 
@@ -249,7 +250,7 @@ def _collected(plan: Distillation, screen: Screen) -> dict[str, Reply]:
     def here(questions: Sequence[Question], keep: Any) -> None:
         ask_model(load(spec.by, World()), questions, keep, plan.recipe.evaluate.batch)
 
-    ask = partial(answer_all, plan.endpoint) if plan.endpoint else here
+    ask = partial(answer_all, plan.endpoint, say=screen.line) if plan.endpoint else here
     try:
         return collect(_questions(plan.asked), path, ask, screen)
     except KeyboardInterrupt:

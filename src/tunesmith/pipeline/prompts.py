@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from ..data.curate import SPLITS, Census, census, curate
 from ..data.read import items, read
-from ..data.render import prompt_tokens, render_last
+from ..data.render import prompt_tokens, refuse_unwritten, render_last
 from ..data.split import Unit, asked_key, split
 from ..errors import DataError
 from ..model.load import Vocabulary
@@ -60,6 +61,9 @@ def prepare_prompts(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> P
         screen.line(whole.note)
     kept, ledger = curate(whole, spec)
     rows: dict[str, Sequence[Row]] = {name: getattr(kept, name) for name in SPLITS}
+    for row in chain.from_iterable(rows.values()):
+        tools = row.tools if isinstance(row, Conversation) else ()
+        refuse_unwritten(row.prompt, tools, vocabulary.tokenizer, row.source)
     found = asked_once({name: tuple(map(question, part)) for name, part in rows.items()}, whole.unit, recipe, screen)
     examples = tuple(example(row, vocabulary) for row in rows["train"] if _answer(row))
     longest = max((int((e.weights > 0).sum()) for e in examples), default=ANSWER_TOKENS)

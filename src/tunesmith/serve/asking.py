@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 
 from ..data.layout import to_messages
-from ..data.render import prompt_tokens
+from ..data.render import prompt_tokens, unwritten
 from ..errors import DataError
 from ..model.sample import Row, Sampling
 from ..texts import text_tokens
@@ -56,6 +56,9 @@ async def chat_question(body: ChatBody, hall: Hall) -> Question:
     tools = body.tools or [] if body.tool_choice != "none" else []
     try:
         messages = to_messages(body.messages, "messages", "")
+        if missing := await asyncio.to_thread(unwritten, messages, tools, hall.model.tokenizer):
+            what = f"the model's chat template writes no {missing}; write them as text in a message"
+            raise Problem(400, what, param="tools" if missing == "tool definitions" else "messages")
         prompt = await asyncio.to_thread(prompt_tokens, messages, hall.model.tokenizer, tools)
     except DataError as error:
         raise Problem(400, f"the messages cannot be read as turns. {error.fix}", param="messages") from None

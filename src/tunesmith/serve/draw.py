@@ -16,7 +16,7 @@ import numpy as np
 
 from ..data.layout import content_id
 from ..data.read import read
-from ..data.render import prompt_tokens
+from ..data.render import prompt_tokens, refuse_unwritten
 from ..data.split import prompt_key, split
 from ..errors import DataError, FolderError
 from ..model.load import Model, load
@@ -103,6 +103,8 @@ def _draw_side(
     with screen.progress(f"answers of {name}", len(asked)) as tick:
         for start in range(0, len(asked), CHUNK):
             chunk = asked[start : start + CHUNK]
+            for one in chunk:
+                refuse_unwritten(one.prompt, one.tools, model.tokenizer, name)
             tokens = {one.id: np.array(prompt_tokens(one.prompt, model.tokenizer, one.tools)) for one in chunk}
             todo = [one for one in chunk if one.id not in drawn and len(tokens[one.id]) <= room]
             # Two models are compared as they are; one model that repeats itself is asked again.
