@@ -176,22 +176,52 @@ def test_two_rows_are_enough_to_run_and_too_few_for_a_verdict(
     assert found["verdict"]["decision"] == "not shown"
 
 
-def test_a_run_goes_on_where_it_stopped(job: Callable[..., RunFolder], tmp_path: Path) -> None:
-    """The user's own metric fails on the tuned model's answers; once mended, nothing before is done again."""
-    own = tmp_path / "own.py"
-    own.write_text(
-        "calls = []\ndef f(answer, item):\n    calls.append(1)\n    assert len(calls) <= 8 * 3 + 20 * 4 + 16\n"
-    )
-    own.write_text(own.read_text() + "    return 1.0\n")
+# Right until the tuned model's answers are graded; then as long as the file `stop` lies beside it, it fails.
+STOPPING = """from pathlib import Path
+calls = []
+def f(answer, item):
+    calls.append(1)
+    assert len(calls) <= 8 * 3 + 20 * 4 + 16 or not Path(__file__).with_name("stop").exists()
+    return 1.0
+"""
+
+
+@pytest.fixture
+def stopped(job: Callable[..., RunFolder], tmp_path: Path) -> dict[str, Any]:
+    """What was changed in the recipe of a run that stopped after training, for a reason outside its own files."""
+    (tmp_path / "own.py").write_text(STOPPING)
+    (tmp_path / "stop").touch()
     changes = {"task.metric": "own.py:f", "task.also": [], "task.shots": 0}
     with pytest.raises(RecipeError, match="AssertionError"):
-        job({**changes, "train.max_steps": 2})
+        job(changes)
+    (tmp_path / "stop").unlink()
+    return changes
+
+
+def test_a_run_goes_on_where_it_stopped(job: Callable[..., RunFolder], tmp_path: Path, stopped: dict[str, Any]) -> None:
+    """Nothing before the stop is done again."""
     folder = RunFolder(path=tmp_path / "run")
     done = [folder.answers("base"), folder.path / "selection.json", folder.path / "trained" / "lora.json"]
     times = [path.stat().st_mtime_ns for path in done]
-    own.write_text("def f(answer, item):\n    return 1.0\n")
-    assert results(job(changes))["arms"]["lora"]["metrics"]["own.py:f"]["value"] == 1.0
+    assert results(job(stopped))["arms"]["lora"]["metrics"]["own.py:f"]["value"] == 1.0
     assert [path.stat().st_mtime_ns for path in done] == times
+
+
+def test_a_metric_edited_between_stop_and_resume_is_refused(
+    job: Callable[..., RunFolder], tmp_path: Path, stopped: dict[str, Any]
+) -> None:
+    """Else the base would be graded by the old code and the tuned model by the new."""
+    (tmp_path / "own.py").write_text("def f(answer, item):\n    return 2.0\n")
+    for _ in range(2):
+        with pytest.raises(FolderError, match=r"the file of task\.metric has changed since this run began"):
+            job(stopped)
+    (tmp_path / "own.py").write_text(STOPPING)
+    folder = job(stopped)
+    (tmp_path / "own.py").write_text(STOPPING + "# after the end, as with rows\n")
+    with pytest.raises(FolderError, match=r"the file of task\.metric has changed"):
+        job(stopped)
+    (tmp_path / "own.py").unlink()
+    assert job(stopped) == folder
 
 
 def test_a_folder_without_finished_work_is_taken_over_by_a_changed_recipe(

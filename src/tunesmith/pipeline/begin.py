@@ -32,7 +32,7 @@ class Place:
     started: float
 
 
-def finished(folder: RunFolder, recipe: Recipe, world: World) -> bool:
+def finished(folder: RunFolder, recipe: Recipe, world: World, root: Path) -> bool:
     """Whether the folder already holds this run's results. Raises FolderError for one that is not this recipe's."""
     if not is_run_folder(folder.path):
         return False
@@ -40,7 +40,7 @@ def finished(folder: RunFolder, recipe: Recipe, world: World) -> bool:
         open_run(folder.path, dump_recipe(recipe))
     world.barrier()
     if folder.plan.is_file() and not only_begun(folder):
-        began, now = read_json(folder.plan).get("files", {}), fingerprints(recipe)
+        began, now = read_json(folder.plan).get("files", {}), fingerprints(recipe, root)
         changed = [key for key, digest in now.items() if began.get(key, digest) != digest]
         if changed:
             what = f"the file of {changed[0]} has changed since this run began"
@@ -97,7 +97,7 @@ def opened(place: Place, ledger: Iterable[LedgerEntry], facts: Mapping[str, Any]
                 "arms": {},
                 **facts,
                 "root": place.root.resolve(),
-                "files": fingerprints(recipe),
+                "files": fingerprints(recipe, place.root),
             }
             write_json(folder.plan, plan)
         world.barrier()

@@ -90,7 +90,7 @@ def run(
         raise RecipeError("the recipe has a teacher, whose answers come first", where="task.teacher", fix=fix)
     started = time.monotonic()
     folder = RunFolder(path=Path(recipe.out or "runs/run"))
-    if finished(folder, recipe, world):
+    if finished(folder, recipe, world, root):
         screen.line(f"{folder.path} is finished; to run again, delete it or choose another `out`")
         return folder
     place = Place(recipe=recipe, folder=folder, root=root, world=world, screen=screen, started=started)
