@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from tunesmith import load_recipe, run
 from tunesmith.errors import FolderError, RecipeError
-from tunesmith.folder import RunFolder, read_json, read_jsonl, write_jsonl
+from tunesmith.folder import RunFolder, read_json, read_jsonl, write_json, write_jsonl
 from tunesmith.model.lora import lora_layers
 from tunesmith.pipeline.again import open_model
 from tunesmith.recipe import parse_recipe
@@ -39,6 +41,11 @@ def job(tmp_path: Path, tiny_recipe: Make) -> Callable[..., RunFolder]:
 
 def results(folder: RunFolder) -> dict[str, Any]:
     return read_json(folder.results)
+
+
+def nudge(weights: Path) -> None:
+    """Change every number a little."""
+    save_file({name: one + 0.01 for name, one in load_file(weights).items()}, weights, metadata={"format": "pt"})
 
 
 def test_a_finished_run_leaves_everything_that_its_readers_want(finished_run: Path) -> None:
@@ -187,11 +194,12 @@ def f(answer, item):
 
 
 @pytest.fixture
-def stopped(job: Callable[..., RunFolder], tmp_path: Path) -> dict[str, Any]:
+def stopped(job: Callable[..., RunFolder], tmp_path: Path, tiny_model_folder: Path) -> dict[str, Any]:
     """What was changed in the recipe of a run that stopped after training, for a reason outside its own files."""
     (tmp_path / "own.py").write_text(STOPPING)
     (tmp_path / "stop").touch()
-    changes = {"task.metric": "own.py:f", "task.also": [], "task.shots": 0}
+    base = shutil.copytree(tiny_model_folder, tmp_path / "base")
+    changes = {"base": str(base), "task.metric": "own.py:f", "task.also": [], "task.shots": 0}
     with pytest.raises(RecipeError, match="AssertionError"):
         job(changes)
     (tmp_path / "stop").unlink()
@@ -222,6 +230,18 @@ def test_a_metric_edited_between_stop_and_resume_is_refused(
         job(stopped)
     (tmp_path / "own.py").unlink()
     assert job(stopped) == folder
+
+
+def test_a_base_with_other_weights_is_refused_on_resume(
+    job: Callable[..., RunFolder], tmp_path: Path, stopped: dict[str, Any]
+) -> None:
+    nudge(tmp_path / "base" / "model.safetensors")
+    folder = RunFolder(path=tmp_path / "run")
+    with pytest.raises(FolderError, match=r"other weights \(model\.safetensors\) than when this run began"):
+        job(stopped)
+    plan = read_json(folder.plan)
+    write_json(folder.plan, {key: value for key, value in plan.items() if key != "base"})
+    assert results(job(stopped))  # a run that an earlier version began knows nothing of its base
 
 
 def test_a_folder_without_finished_work_is_taken_over_by_a_changed_recipe(

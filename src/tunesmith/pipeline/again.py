@@ -21,7 +21,8 @@ from ..evaluate.stats import contrast, estimate
 from ..evaluate.systems import Prompting
 from ..folder import RunFolder, is_run_folder, read_json, read_jsonl, write_json
 from ..model.adapters import load_adapter
-from ..model.load import Model, load
+from ..model.load import Model, load, resolve
+from ..model.pinned import check_base
 from ..model.sample import Sampling, sample
 from ..recipe import DataSpec, Recipe, Update, load_recipe
 from ..screen import Screen
@@ -55,7 +56,9 @@ def open_model(name: str, world: World, update: str = "") -> Model:
         )
     if wanted == "full":
         return load(str(made), world)
-    model = load(recipe.base, world, recipe.weights)
+    base = resolve(recipe.base)
+    check_base(folder, base)
+    model = load(str(base), world, recipe.weights)
     load_adapter(model, made)
     return model
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import FolderError, RecipeError
 from ..folder import RunFolder, is_run_folder, locked, only_begun, open_run, read_json, write_json, write_jsonl
-from ..model.load import Model, load
+from ..model.load import Model, load, resolve
+from ..model.pinned import base_problem, fingerprint
 from ..model.stored import FLOAT32
 from ..recipe import Recipe, dump_recipe
 from ..screen import Screen
@@ -45,6 +46,9 @@ def finished(folder: RunFolder, recipe: Recipe, world: World, root: Path) -> boo
         if changed:
             what = f"the file of {changed[0]} has changed since this run began"
             raise FolderError(what, where=str(folder.path), fix="Choose another `out`, or delete this folder.")
+        if not folder.results.is_file() and (problem := base_problem(folder, resolve(recipe.base))):
+            fix = "Put the base's former files back, choose another `out`, or delete this folder."
+            raise FolderError(f"{problem} than when this run began", where=str(folder.path), fix=fix)
     return folder.results.is_file()
 
 
@@ -98,6 +102,7 @@ def opened(place: Place, ledger: Iterable[LedgerEntry], facts: Mapping[str, Any]
                 **facts,
                 "root": place.root.resolve(),
                 "files": fingerprints(recipe, place.root),
+                "base": fingerprint(resolve(recipe.base)),
             }
             write_json(folder.plan, plan)
         world.barrier()
