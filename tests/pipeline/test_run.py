@@ -75,6 +75,36 @@ def test_a_finished_run_is_returned_as_it_is(finished_run: Path) -> None:
     assert after == before
 
 
+@pytest.fixture
+def copy(finished_run: Path, tmp_path: Path) -> RunFolder:
+    """A copy of the finished run, which may be damaged."""
+    return RunFolder(path=shutil.copytree(finished_run.with_name("run"), tmp_path / "copy"))
+
+
+def again(folder: RunFolder) -> RunFolder:
+    return run(load_recipe(folder.recipe).model_copy(update={"out": str(folder.path)}))
+
+
+@pytest.mark.parametrize(("made", "file"), [("adapter", "adapter_model.safetensors"), ("model", "config.json")])
+def test_a_finished_run_with_a_damaged_model_says_how_to_get_another(copy: RunFolder, made: str, file: str) -> None:
+    whole = (copy.path / made / file).read_bytes()
+    (copy.path / made / file).write_bytes(bytes(reversed(whole)))
+    with pytest.raises(FolderError, match=rf"{made}/ is not what it handed over: {file} has changed.*\nDelete the run"):
+        again(copy)
+    (copy.path / made / file).write_bytes(whole)
+    assert again(copy) == copy
+    shutil.rmtree(copy.path / made)
+    with pytest.raises(FolderError, match=rf"{made}/ is not what it handed over: manifest.json is missing"):
+        again(copy)
+
+
+def test_a_finished_run_without_its_page_gets_it_again(copy: RunFolder) -> None:
+    page = copy.report.read_bytes()
+    copy.report.unlink()
+    again(copy)
+    assert copy.report.read_bytes().replace(b"copy", b"run") == page.replace(b"copy", b"run")
+
+
 def test_continued_pre_training_is_judged_by_loss(job: Callable[..., RunFolder], tmp_path: Path) -> None:
     rows = [{"text": f"{n} {chr(97 + n % 26) * 9} stands alone"} for n in range(60)]
     write_jsonl(tmp_path / "rows.jsonl", rows)

@@ -76,7 +76,8 @@ def evaluate_again(run_folder: Path, data: str, update: str, screen: Screen) -> 
             raise RecipeError("a reward run has one update", where="--update", fix="Leave it out.")
         return _judged_again(folder, recipe, data, screen)
     if not {"root", "max_new_tokens"} <= set(plan):
-        raise FolderError("does not say how answers were made", where=str(folder.plan), fix="Run the recipe again.")
+        fix = "Delete the run folder, or set another `out`, and run the recipe again."
+        raise FolderError("does not say how answers were made", where=str(folder.plan), fix=fix)
     names = [recipe.task.metric, *recipe.task.also]
     grades = {name: find_metric(name, recipe.task, Path(plan["root"])) for name in names}
     asked = questions(conversations(_read(data, recipe)), recipe.task)
