@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from tunesmith import run
-from tunesmith.errors import FolderError, RecipeError
-from tunesmith.folder import RunFolder, read_json, read_jsonl, write_jsonl
+from tunesmith.errors import FolderError, ModelError, RecipeError
+from tunesmith.folder import RunFolder, read_json, read_jsonl, write_json, write_jsonl
+from tunesmith.model.load import resolve
 from tunesmith.model.lora import lora_layers
 from tunesmith.pipeline.again import chat_with, compare_runs, evaluate_again, open_model
-from tunesmith.recipe import parse_recipe
+from tunesmith.pipeline.export import Wanted, export
+from tunesmith.recipe import dump_recipe, load_recipe, parse_recipe
 from tunesmith.screen import Screen
+from tunesmith.serve.hall import line_up
 from tunesmith.world import World
 
 Make = Callable[..., dict[str, Any]]
@@ -89,6 +93,33 @@ def test_an_update_that_was_not_trained_is_told(copy: Path) -> None:
     shutil.rmtree(copy / "adapter")
     with pytest.raises(FolderError, match="the run has no adapter/"):
         open_model(str(copy), World(), "lora")
+
+
+def test_an_adapter_is_not_used_on_a_base_with_other_weights(copy: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(copy / "recipe.yaml")
+    base = shutil.copytree(recipe.base, tmp_path / "base")
+    (copy / "recipe.yaml").write_text(dump_recipe(recipe.model_copy(update={"base": str(base)})))
+    asked = rows(tmp_path / "new.jsonl", ("a", "b"))
+    assert evaluate_again(copy, asked, "lora", QUIET)["rows"] == 1  # the same base may lie elsewhere
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] += 0.01
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    said = r"base: the base has other weights \(model\.safetensors\) than those this adapter was trained on"
+    write_json(copy / "results.json", {**read_json(copy / "results.json"), "subject": "lora"})
+    for use in (
+        lambda: evaluate_again(copy, asked, "lora", QUIET),
+        lambda: chat_with(str(copy), Console()),
+        lambda: export(copy, Wanted(to="merged", update="lora"), QUIET),
+        lambda: line_up([str(copy)], "lora"),
+        lambda: resolve(str(copy)),
+    ):
+        with pytest.raises(ModelError, match=said):
+            use()
+    assert open_model(str(copy), World(), "full")
+    plan = read_json(copy / "plan.json")
+    del plan["base"]
+    write_json(copy / "plan.json", plan)
+    assert open_model(str(copy), World(), "lora")  # of an earlier version, which kept no hashes
 
 
 def test_two_runs_are_compared_on_rows_and_metrics_that_both_have(copy: Path, finished_run: Path) -> None:

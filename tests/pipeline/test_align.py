@@ -27,7 +27,7 @@ from tunesmith.pipeline.again import evaluate_again
 from tunesmith.pipeline.pairs import halves
 from tunesmith.pipeline.reward import JUDGE, REWARD, load_reward, pair_rewards
 from tunesmith.pipeline.run import run
-from tunesmith.recipe import parse_recipe
+from tunesmith.recipe import load_recipe, parse_recipe
 from tunesmith.screen import Screen
 from tunesmith.train.fit import fit as true_fit
 from tunesmith.types import Comparison, Message
@@ -93,6 +93,15 @@ def test_a_reward_model_learns_what_people_chose_and_says_how_surely(reward_run:
     assert results["verdict"]["decision"] == "ship"
     assert results["baselines"]["length"]["pair_accuracy"]["value"] == 0.5
     assert reward_run.report.is_file()
+
+
+def test_a_finished_reward_run_with_a_damaged_judge_is_refused(reward_run: RunFolder, tmp_path: Path) -> None:
+    copy = shutil.copytree(reward_run.path, tmp_path / "copy")
+    recipe = load_recipe(copy / "recipe.yaml").model_copy(update={"out": str(copy)})
+    assert run(recipe).path == copy
+    (copy / JUDGE / "adapter_config.json").unlink()
+    with pytest.raises(FolderError, match=f"{JUDGE}/ is not what it handed over: adapter_config.json is missing"):
+        run(recipe)
 
 
 def test_several_pairs_of_a_prompt_are_one_observation(reward_run: RunFolder) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tunesmith.errors import TunesmithError
-from tunesmith.folder import manifest_problem, read_json
+from tunesmith.folder import manifest_problem, read_json, write_json
 from tunesmith.pipeline import export as exports
 from tunesmith.pipeline.export import Wanted, export
 from tunesmith.pipeline.run import run as start
@@ -35,7 +35,8 @@ def kept(run: Path) -> set[str]:
 
 
 def rebased(run: Path, tmp_path: Path) -> Path:
-    """Let the run's recipe name a copy of its base, which may then be changed."""
+    """Let the run's recipe name a copy of its base, which may then be changed: an old run knows of no hashes."""
+    write_json(run / "plan.json", {key: value for key, value in read_json(run / "plan.json").items() if key != "base"})
     recipe = run / "recipe.yaml"
     (base,) = (line.removeprefix("base: ") for line in recipe.read_text().splitlines() if line.startswith("base: "))
     recipe.write_text(recipe.read_text().replace(base, str(tmp_path / "base")))

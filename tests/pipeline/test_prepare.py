@@ -119,12 +119,25 @@ def test_choices_come_from_the_task(tmp_path: Path) -> None:
 def test_fingerprints_change_with_the_files_and_leave_out_what_is_no_file(tiny_recipe: Make, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     recipe = parse_recipe(tiny_recipe({"data.train": written(path, *texts(3))}))
-    before = fingerprints(recipe)
+    before = fingerprints(recipe, tmp_path)
     assert set(before) == {"data.train"}
     written(path, *texts(4))
-    assert fingerprints(recipe) != before
+    assert fingerprints(recipe, tmp_path) != before
     path.unlink()
-    assert fingerprints(recipe) == {}
+    assert fingerprints(recipe, tmp_path) == {}
+
+
+def test_fingerprints_know_the_users_own_metrics_and_reward(tiny_recipe: Make, tmp_path: Path) -> None:
+    own = {"task.metric": "own.py:f", "task.also": ["token_f1", "own/more.py:g"], "reward": {"by": "pay.py:h"}}
+    recipe = parse_recipe(tiny_recipe({**own, "method": "grpo"}))
+    (tmp_path / "own").mkdir()
+    for name in ("own.py", "own/more.py", "pay.py"):
+        (tmp_path / name).write_text(f"# {name}\n")
+    before = fingerprints(recipe, tmp_path)
+    assert set(before) == {"data.train", "task.metric", "task.also[1]", "reward.by"}
+    (tmp_path / "pay.py").write_text("# other\n")
+    after = fingerprints(recipe, tmp_path)
+    assert {key for key in after if after[key] != before[key]} == {"reward.by"}
 
 
 def test_what_rows_show_is_known_beforehand_for_right_or_wrong_only(tiny_recipe: Make) -> None:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from tunesmith import load_recipe, run
 from tunesmith.errors import FolderError, RecipeError
-from tunesmith.folder import RunFolder, read_json, read_jsonl, write_jsonl
+from tunesmith.folder import RunFolder, read_json, read_jsonl, write_json, write_jsonl
 from tunesmith.model.lora import lora_layers
 from tunesmith.pipeline.again import open_model
 from tunesmith.recipe import parse_recipe
@@ -39,6 +41,11 @@ def job(tmp_path: Path, tiny_recipe: Make) -> Callable[..., RunFolder]:
 
 def results(folder: RunFolder) -> dict[str, Any]:
     return read_json(folder.results)
+
+
+def nudge(weights: Path) -> None:
+    """Change every number a little."""
+    save_file({name: one + 0.01 for name, one in load_file(weights).items()}, weights, metadata={"format": "pt"})
 
 
 def test_a_finished_run_leaves_everything_that_its_readers_want(finished_run: Path) -> None:
@@ -66,6 +73,36 @@ def test_a_finished_run_is_returned_as_it_is(finished_run: Path) -> None:
     assert run(load_recipe(finished_run)) == folder
     after = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*") if path.is_file() and path != folder.lock}
     assert after == before
+
+
+@pytest.fixture
+def copy(finished_run: Path, tmp_path: Path) -> RunFolder:
+    """A copy of the finished run, which may be damaged."""
+    return RunFolder(path=shutil.copytree(finished_run.with_name("run"), tmp_path / "copy"))
+
+
+def again(folder: RunFolder) -> RunFolder:
+    return run(load_recipe(folder.recipe).model_copy(update={"out": str(folder.path)}))
+
+
+@pytest.mark.parametrize(("made", "file"), [("adapter", "adapter_model.safetensors"), ("model", "config.json")])
+def test_a_finished_run_with_a_damaged_model_says_how_to_get_another(copy: RunFolder, made: str, file: str) -> None:
+    whole = (copy.path / made / file).read_bytes()
+    (copy.path / made / file).write_bytes(bytes(reversed(whole)))
+    with pytest.raises(FolderError, match=rf"{made}/ is not what it handed over: {file} has changed.*\nDelete the run"):
+        again(copy)
+    (copy.path / made / file).write_bytes(whole)
+    assert again(copy) == copy
+    shutil.rmtree(copy.path / made)
+    with pytest.raises(FolderError, match=rf"{made}/ is not what it handed over: manifest.json is missing"):
+        again(copy)
+
+
+def test_a_finished_run_without_its_page_gets_it_again(copy: RunFolder) -> None:
+    page = copy.report.read_bytes()
+    copy.report.unlink()
+    again(copy)
+    assert copy.report.read_bytes().replace(b"copy", b"run") == page.replace(b"copy", b"run")
 
 
 def test_continued_pre_training_is_judged_by_loss(job: Callable[..., RunFolder], tmp_path: Path) -> None:
@@ -178,22 +215,65 @@ def test_two_rows_are_enough_to_run_and_too_few_for_a_verdict(
     assert found["verdict"]["decision"] == "not shown"
 
 
-def test_a_run_goes_on_where_it_stopped(job: Callable[..., RunFolder], tmp_path: Path) -> None:
-    """The user's own metric fails on the tuned model's answers; once mended, nothing before is done again."""
-    own = tmp_path / "own.py"
-    own.write_text(
-        "calls = []\ndef f(answer, item):\n    calls.append(1)\n    assert len(calls) <= 8 * 3 + 20 * 4 + 16\n"
-    )
-    own.write_text(own.read_text() + "    return 1.0\n")
-    changes = {"task.metric": "own.py:f", "task.also": [], "task.shots": 0}
+# Right until the tuned model's answers are graded; then as long as the file `stop` lies beside it, it fails.
+STOPPING = """from pathlib import Path
+calls = []
+def f(answer, item):
+    calls.append(1)
+    assert len(calls) <= 8 * 3 + 20 * 4 + 16 or not Path(__file__).with_name("stop").exists()
+    return 1.0
+"""
+
+
+@pytest.fixture
+def stopped(job: Callable[..., RunFolder], tmp_path: Path, tiny_model_folder: Path) -> dict[str, Any]:
+    """What was changed in the recipe of a run that stopped after training, for a reason outside its own files."""
+    (tmp_path / "own.py").write_text(STOPPING)
+    (tmp_path / "stop").touch()
+    base = shutil.copytree(tiny_model_folder, tmp_path / "base")
+    changes = {"base": str(base), "task.metric": "own.py:f", "task.also": [], "task.shots": 0}
     with pytest.raises(RecipeError, match="AssertionError"):
-        job({**changes, "train.max_steps": 2})
+        job(changes)
+    (tmp_path / "stop").unlink()
+    return changes
+
+
+def test_a_run_goes_on_where_it_stopped(job: Callable[..., RunFolder], tmp_path: Path, stopped: dict[str, Any]) -> None:
+    """Nothing before the stop is done again."""
     folder = RunFolder(path=tmp_path / "run")
     done = [folder.answers("base"), folder.path / "selection.json", folder.path / "trained" / "lora.json"]
     times = [path.stat().st_mtime_ns for path in done]
-    own.write_text("def f(answer, item):\n    return 1.0\n")
-    assert results(job(changes))["arms"]["lora"]["metrics"]["own.py:f"]["value"] == 1.0
+    assert results(job(stopped))["arms"]["lora"]["metrics"]["own.py:f"]["value"] == 1.0
     assert [path.stat().st_mtime_ns for path in done] == times
+
+
+def test_a_metric_edited_between_stop_and_resume_is_refused(
+    job: Callable[..., RunFolder], tmp_path: Path, stopped: dict[str, Any]
+) -> None:
+    """Else the base would be graded by the old code and the tuned model by the new."""
+    (tmp_path / "own.py").write_text("def f(answer, item):\n    return 2.0\n")
+    for _ in range(2):
+        with pytest.raises(FolderError, match=r"the file of task\.metric has changed since this run began"):
+            job(stopped)
+    (tmp_path / "own.py").write_text(STOPPING)
+    folder = job(stopped)
+    (tmp_path / "own.py").write_text(STOPPING + "# after the end, as with rows\n")
+    with pytest.raises(FolderError, match=r"the file of task\.metric has changed"):
+        job(stopped)
+    (tmp_path / "own.py").unlink()
+    assert job(stopped) == folder
+
+
+def test_a_base_with_other_weights_is_refused_on_resume(
+    job: Callable[..., RunFolder], tmp_path: Path, stopped: dict[str, Any]
+) -> None:
+    nudge(tmp_path / "base" / "model.safetensors")
+    folder = RunFolder(path=tmp_path / "run")
+    with pytest.raises(FolderError, match=r"other weights \(model\.safetensors\) than when this run began"):
+        job(stopped)
+    plan = read_json(folder.plan)
+    write_json(folder.plan, {key: value for key, value in plan.items() if key != "base"})
+    assert results(job(stopped))  # a run that an earlier version began knows nothing of its base
 
 
 def test_a_folder_without_finished_work_is_taken_over_by_a_changed_recipe(

@@ -44,6 +44,7 @@ from .gguf import convert_gguf
 from .linear import Linear, use_fast_linear, widen_others
 from .lora import block_of, freeze_beside, language_model
 from .merge import merge_files
+from .pinned import check_base
 from .probe import apart, hold_still, probe, probed_blocks
 from .stored import FLOAT32, kept_as
 
@@ -176,7 +177,9 @@ def _of_run(run: RunFolder) -> Path:
         return run.model
     merged = run.path / "merged"
     if not merged.is_dir() or manifest_problem(merged, hashes=False):
-        merge_files(resolve(recipe["base"]), run.handed_over(subject), merged)
+        base = resolve(recipe["base"])
+        check_base(run, base)
+        merge_files(base, run.handed_over(subject), merged)
     return merged
 
 

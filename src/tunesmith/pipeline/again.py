@@ -22,7 +22,8 @@ from ..evaluate.stats import contrast, estimate
 from ..evaluate.systems import Prompting
 from ..folder import RunFolder, is_run_folder, read_json, read_jsonl, sha256_file, write_json
 from ..model.adapters import load_adapter
-from ..model.load import Model, load
+from ..model.load import Model, load, resolve
+from ..model.pinned import check_base
 from ..model.sample import Sampling, sample
 from ..recipe import DataSpec, Recipe, Update, load_recipe
 from ..screen import Screen
@@ -56,7 +57,9 @@ def open_model(name: str, world: World, update: str = "") -> Model:
         )
     if wanted == "full":
         return load(str(made), world)
-    model = load(recipe.base, world, recipe.weights)
+    base = resolve(recipe.base)
+    check_base(folder, base)
+    model = load(str(base), world, recipe.weights)
     load_adapter(model, made)
     return model
 
@@ -74,7 +77,8 @@ def evaluate_again(run_folder: Path, data: str, update: str, screen: Screen) -> 
             raise RecipeError("a reward run has one update", where="--update", fix="Leave it out.")
         return _judged_again(folder, recipe, data, screen)
     if not {"root", "max_new_tokens"} <= set(plan):
-        raise FolderError("does not say how answers were made", where=str(folder.plan), fix="Run the recipe again.")
+        fix = "Delete the run folder, or set another `out`, and run the recipe again."
+        raise FolderError("does not say how answers were made", where=str(folder.plan), fix=fix)
     names = [recipe.task.metric, *recipe.task.also]
     grades = {name: find_metric(name, recipe.task, Path(plan["root"])) for name in names}
     rows, left_out = _read(data, recipe, plan, screen)

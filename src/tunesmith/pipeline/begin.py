@@ -10,8 +10,19 @@ from typing import Any
 
 from ..errors import FolderError, RecipeError
 from ..evaluate.metrics import find_metric
-from ..folder import RunFolder, is_run_folder, locked, only_begun, open_run, read_json, write_json, write_jsonl
-from ..model.load import Model, load
+from ..folder import (
+    RunFolder,
+    is_run_folder,
+    locked,
+    manifest_problem,
+    only_begun,
+    open_run,
+    read_json,
+    write_json,
+    write_jsonl,
+)
+from ..model.load import Model, load, resolve
+from ..model.pinned import base_problem, fingerprint
 from ..model.stored import FLOAT32
 from ..recipe import Recipe, dump_recipe
 from ..screen import Screen
@@ -41,20 +52,39 @@ class Place:
     started: float
 
 
-def finished(folder: RunFolder, recipe: Recipe, world: World) -> bool:
+def finished(folder: RunFolder, recipe: Recipe, world: World, root: Path) -> bool:
     """Whether the folder already holds this run's results. Raises FolderError for one that is not this recipe's."""
     if not is_run_folder(folder.path):
         return False
     if world.leads:
         open_run(folder.path, dump_recipe(recipe))
+        if folder.results.is_file():
+            _still_whole(folder, recipe)
     world.barrier()
     if folder.plan.is_file() and not only_begun(folder):
-        began, now = read_json(folder.plan).get("files", {}), fingerprints(recipe)
+        began, now = read_json(folder.plan).get("files", {}), fingerprints(recipe, root)
         changed = [key for key, digest in now.items() if began.get(key, digest) != digest]
         if changed:
             what = f"the file of {changed[0]} has changed since this run began"
             raise FolderError(what, where=str(folder.path), fix="Choose another `out`, or delete this folder.")
+        if not folder.results.is_file() and (problem := base_problem(folder, resolve(recipe.base))):
+            fix = "Put the base's former files back, choose another `out`, or delete this folder."
+            raise FolderError(f"{problem} than when this run began", where=str(folder.path), fix=fix)
     return folder.results.is_file()
+
+
+def _still_whole(folder: RunFolder, recipe: Recipe) -> None:
+    """Raises FolderError where what a finished run handed over is no longer as it was written.
+
+    It cannot be mended here: the weights that were judged are gone, and others would need another verdict.
+    """
+    models = read_json(folder.results).get("models", ())  # of a reward run
+    made = [folder.path / name for name in models] or [folder.handed_over(update) for update in recipe.update]
+    for path in made:
+        if problem := manifest_problem(path):
+            what = f"the run is finished, but {path.name}/ is not what it handed over: {problem}"
+            fix = "Delete the run folder, or set another `out`, and run again; or put a copy of the folder back."
+            raise FolderError(what, where=str(folder.path), fix=fix)
 
 
 def needs_held_out(recipe: Recipe) -> None:
@@ -116,7 +146,8 @@ def opened(place: Place, ledger: Iterable[LedgerEntry], facts: Mapping[str, Any]
                 "arms": {},
                 **facts,
                 "root": place.root.resolve(),
-                "files": fingerprints(recipe),
+                "files": fingerprints(recipe, place.root),
+                "base": fingerprint(resolve(recipe.base)),
             }
             write_json(folder.plan, plan)
         world.barrier()

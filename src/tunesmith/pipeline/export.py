@@ -150,6 +150,7 @@ def _read(run_folder: Path, wanted: Wanted) -> Job:
     """Everything that can be wrong before work begins."""
     folder, where = RunFolder(path=run_folder), str(run_folder)
     finish = "Finish it with `tunesmith run`; then export it."
+    again = "Delete the run folder, or set another `out`, and run the recipe again."
     if not is_run_folder(run_folder):
         raise FolderError("not a run folder", where=where, fix="Give the folder that `tunesmith run` printed.")
     if not folder.results.is_file():
@@ -167,10 +168,10 @@ def _read(run_folder: Path, wanted: Wanted) -> Job:
         raise RecipeError(what, where="--to adapter", fix="Use --to merged.")
     made = folder.handed_over(update)
     if problem := manifest_problem(made):
-        raise FolderError(f"not what the run handed over: {problem}", where=str(made), fix="Run the recipe again.")
+        raise FolderError(f"not what the run handed over: {problem}", where=str(made), fix=again)
     answers = read_jsonl(folder.answers(update))[: wanted.rows]
     if not answers or not {"root", "max_new_tokens"} <= set(plan):
-        raise FolderError("keeps no answers to compare with", where=where, fix="Run the recipe again.")
+        raise FolderError("keeps no answers to compare with", where=where, fix=again)
     return Job(
         folder=folder,
         recipe=recipe,
@@ -217,7 +218,10 @@ def _reference(job: Job) -> tuple[Reference, Vocabulary]:
     for row, line in zip(reference.rows, job.answers, strict=True):
         if row.item.prompt and line.get("prompt_tokens", len(row.prompt)) != len(row.prompt):
             what = f"row {line['id']} had {line['prompt_tokens']} prompt tokens when judged, now {len(row.prompt)}"
-            fix = "The base's template or tokenizer has changed, or the row has tools and an old run: run again."
+            fix = (
+                "The base's template or tokenizer has changed, or the row has tools and an old run: set another `out`, "
+            )
+            fix += "and run again."
             raise ModelError(what, where=str(job.folder.path), fix=fix)
     return reference, model.vocabulary
 

@@ -117,9 +117,13 @@ def questions(rows: Sequence[Conversation], task: TaskSpec) -> Sequence[Item]:
     return found
 
 
-def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of each local file of rows that the recipe names, by key: a run goes on only with what it began with."""
-    data = recipe.data
+def fingerprints(recipe: Recipe, root: Path) -> dict[str, str]:
+    """SHA-256 of each local file that the recipe names, by key: a run goes on only with what it began with.
+
+    Rows, and the user's own metrics and reward relative to `root` (the recipe's folder): arms graded by two versions of
+    a metric cannot be compared. What such a file imports is not looked at.
+    """
+    data, task = recipe.data, recipe.task
     named = {
         "data.train": data.train,
         "data.valid": data.valid,
@@ -127,6 +131,9 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
         "evaluate.retention": recipe.evaluate.retention,
     }
     files = {key: Path(name) for key, name in named.items() if isinstance(name, str)}
+    own = {"task.metric": task.metric, **{f"task.also[{i}]": name for i, name in enumerate(task.also)}}
+    own["reward.by"] = recipe.reward.by
+    files |= {key: root / name.rpartition(":")[0] for key, name in own.items() if ".py:" in name}
     return {key: sha256_file(path) for key, path in files.items() if path.is_file()}
 
 

@@ -22,7 +22,8 @@ from ..methods.annotate import Group
 from ..methods.order import EpochSteps
 from ..methods.reward import BradleyTerry, read_there, rewards
 from ..model.adapters import load_adapter, save_adapter, save_model
-from ..model.load import Model, load
+from ..model.load import Model, load, resolve
+from ..model.pinned import check_base
 from ..model.values import attach_value_head, load_value_head, normalise, save_value_head, without_value_head
 from ..recipe import Recipe, load_recipe
 from ..screen import Screen
@@ -94,7 +95,9 @@ def load_reward(name: str, which: str, world: World) -> Model:
     if recipe.update == ["full"]:
         model = load(str(made), world)
     else:
-        model = load(recipe.base, world, recipe.weights)
+        base = resolve(recipe.base)
+        check_base(RunFolder(path=path), base)
+        model = load(str(base), world, recipe.weights)
         load_adapter(model, made)
     load_value_head(model, made)
     for parameter in model.hf.parameters():

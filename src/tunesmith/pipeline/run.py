@@ -90,8 +90,10 @@ def run(
         raise RecipeError("the recipe has a teacher, whose answers come first", where="task.teacher", fix=fix)
     started = time.monotonic()
     folder = RunFolder(path=Path(recipe.out or "runs/run"))
-    if finished(folder, recipe, world):
+    if finished(folder, recipe, world, root):
         screen.line(f"{folder.path} is finished; to run again, delete it or choose another `out`")
+        if world.leads and not folder.report.is_file():  # the process ended before it, or somebody deleted the page
+            _report(folder)
         return folder
     place = Place(recipe=recipe, folder=folder, root=root, world=world, screen=screen, started=started)
     match recipe.method:
@@ -104,11 +106,15 @@ def run(
         case "ppo" | "grpo":
             learn_from_rewards(place)
     if world.leads:
-        from ..report.page import write_report  # here, as matplotlib takes a second, and the first step waits
-
-        write_report(folder.path)
+        _report(folder)
     world.barrier()
     return folder
+
+
+def _report(folder: RunFolder) -> None:
+    from ..report.page import write_report  # here, as matplotlib takes a second, and the first step waits
+
+    write_report(folder.path)
 
 
 def _supervised(place: Place, taught: Mapping[str, Any] | None) -> None:

@@ -14,6 +14,7 @@ from ..errors import FolderError, ModelError, RecipeError
 from ..folder import RunFolder, is_run_folder, manifest_problem, read_json
 from ..model.adapters import Adapter, read_adapter
 from ..model.load import Model, load, resolve
+from ..model.pinned import check_base
 from ..recipe import Recipe, Update, load_recipe
 from ..world import World
 from .engine import Engine, Limits
@@ -181,5 +182,7 @@ def tuned_run(path: Path, update: str) -> Tuned:
             where=where,
             fix="Finish it with `tunesmith run`, or choose another --update.",
         )
+    if wanted != "full":
+        check_base(folder, resolve(recipe.base))
     base = str(made) if wanted == "full" else recipe.base
     return Tuned(name=path.resolve().name, path=path, made=made, base=base, update=wanted)
