@@ -67,9 +67,10 @@ def split(rows: Iterable[Row], spec: DataSpec) -> Splits:
         what = f"valid = {valid_fraction} and test = {test_fraction} leave nothing to train on"
         raise RecipeError(what, where="data", fix="Let them add up to less than 1.")
     shares = array("q"), array("q"), array("q")
-    unit = unit_of(rows, spec)
+    unit, apart = unit_of(rows, spec), len(rows)
     if valid_fraction or test_fraction:
         leaders = clusters(rows, spec.near_duplicates, unit)
+        apart = len(set(leaders))
         for place, leader in enumerate(leaders):
             draw = uniform(content_key(rows[leader], unit), spec.seed)
             # Test first: changing the size of the validation split leaves the test split as it is.
@@ -77,9 +78,9 @@ def split(rows: Iterable[Row], spec: DataSpec) -> Splits:
     else:
         shares[0].extend(range(len(rows)))
     train, valid, test = (some(rows, share) for share in shares)
-    _check_size(valid, "valid", valid_fraction, len(rows))
-    _check_size(test, "test", test_fraction, len(rows))
-    _check_size(train, "train", 1.0, len(rows))
+    _check_size(valid, "valid", valid_fraction, len(rows), apart)
+    _check_size(test, "test", test_fraction, len(rows), apart)
+    _check_size(train, "train", 1.0, len(rows), apart)
     if isinstance(spec.valid, str):
         valid = stored_rows(read(spec.valid, spec))
     if isinstance(spec.test, str):
@@ -202,11 +203,12 @@ def _continued(rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
     yield from ((at, place) for at, place in zip(heard, by, strict=True) if times[at] <= _MOST_LATER_ROWS)
 
 
-def _check_size(rows: Sequence[Row], name: str, fraction: float, count: int) -> None:
+def _check_size(rows: Sequence[Row], name: str, fraction: float, count: int, apart: int) -> None:
     if rows or not fraction:
         return
     fix = "Give more rows, or a larger fraction, or a file of its own."
     if name == "train":
         fix = "Give more rows, or smaller fractions for valid and test."
     share = "" if name == "train" else f" = {fraction}"
-    raise DataError(f"{name}{share} of {count} rows gives an empty {name} split", where=f"data.{name}", fix=fix)
+    told = f"{count} rows" if apart == count else f"{count} rows, {apart} of them unlike the others,"
+    raise DataError(f"{name}{share} of {told} gives an empty {name} split", where=f"data.{name}", fix=fix)

@@ -159,7 +159,7 @@ def resolve(base: str) -> Path:
         raise ModelError(
             "no such model folder",
             where=f"base: {base}",
-            fix="Give a built-in name, a folder, a .gguf file or a hub id.",
+            fix=f"Looked for {path.absolute()}. Give a built-in name, a folder, a .gguf file or a hub id.",
         )
     return _from_hub(base)
 
