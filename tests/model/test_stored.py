@@ -149,7 +149,7 @@ def test_float32_is_left_where_it_would_take_over_half_of_the_memory(
     monkeypatch.setattr(stored, "available_bytes", lambda device: int(bytes_a_number * numbers_in(short_folder)))
     found = kept_as(short_folder, wanted, World())
     assert (found.value != "float32") == short
-    assert found.reason == ("from the recipe" if wanted != "auto" else found.reason)
+    assert found.reason == ("as lora.weights asks, or full fine-tuning needs" if wanted != "auto" else found.reason)
 
 
 def numbers_in(folder: Path) -> int:
