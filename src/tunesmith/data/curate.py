@@ -220,6 +220,8 @@ def _unheard(rows: View[Row], train: Sequence[Row], ledger: Stored[LedgerEntry])
     for place, row in enumerate(train):
         for key in earlier_question_keys(row):
             heard[key] = place
+    if not len(heard):
+        return rows
     for place, row in enumerate(rows):
         at = heard[question_key(row)]
         if at < 0:

@@ -192,6 +192,8 @@ def asked_key(turns: Sequence[Message]) -> str:
 def _continued(rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
     """Pairs of positions: a row, and another whose conversation went through what the first one asks."""
     asked, heard, by = Places(), array("q"), array("q")
+    if not any(any(earlier_question_keys(row)) for row in rows):
+        return
     for place, row in enumerate(rows):
         asked.setdefault(question_key(row), place)
     for place, row in enumerate(rows):
