@@ -160,6 +160,12 @@ def test_the_page_says(sentence: str, page: str, text_of: Callable) -> None:
     assert sentence in text_of(page)
 
 
+def test_several_pairs_of_a_prompt_are_told(rewarded: Path, text_of: Callable) -> None:
+    record = read_record(rewarded)
+    record.results["data"]["test"] = 2 * PAIRS
+    assert f"of {2 * PAIRS:,} held-out pairs of {PAIRS:,} prompts" in text_of(render_page(record))
+
+
 def test_what_was_not_measured_leaves_a_page_that_says_so(rewarded: Path, text_of: Callable) -> None:
     record = read_record(rewarded)
     for key in ("agreement", "calibration", "by_length", "scores", "contrasts", "plan", "baselines"):

@@ -105,12 +105,20 @@ def _finding(run: RunRecord) -> str:
         return "No pair accuracy was measured on held-out pairs."
     told = (
         f"The {words.arm_label(run, subject)} chooses as people did on {words.metric_text(_METRIC, score.value)} of "
-        f"{words.count(score.n)} held-out pairs ({findings.interval(_METRIC, score)})"
+        f"{_pairs(run, score.n)} ({findings.interval(_METRIC, score)})"
     )
     length = run.estimate("length")
     if length is None:
         return f"{told}. Taking the longer answer was not measured beside it."
     return f"{told}; taking the longer answer each time does so on {words.metric_text(_METRIC, length.value)}."
+
+
+def _pairs(run: RunRecord, observations: int) -> str:
+    """How many pairs were judged, and of how many prompts where several pairs of one count together."""
+    pairs = part(run.results, "data", "test")
+    if not is_number(pairs) or pairs <= observations:
+        return f"{words.count(observations)} held-out pairs"
+    return f"{words.count(pairs)} held-out pairs of {words.count(observations)} prompts"
 
 
 def _tiles(run: RunRecord) -> list[Tile]:
@@ -146,7 +154,7 @@ def _agreement(run: RunRecord) -> str:
         )
     return (
         f"Reward model and judge learned from different halves of the pairs. They choose alike on "
-        f"{words.metric_text(_METRIC, found.value)} of {words.count(found.n)} held-out pairs "
+        f"{words.metric_text(_METRIC, found.value)} of {_pairs(run, found.n)} "
         f"({findings.interval(_METRIC, found)}); on the others one of the two is wrong."
     )
 
