@@ -62,7 +62,7 @@ def decide_equivalence(
     learned = improvement(over_base.difference, found.metric)[0] > 0
     fine = as_good and learned
     decision: Decision = "do not ship" if harm or found.finding == "worse" else "ship" if fine else "not shown"
-    scale, spec, unit = (100.0, "+.1f", " points") if is_binary(found.metric) else (1.0, "+.4g", "")
+    scale, spec, unit = _scale(found.metric)
     difference, margin = found.difference, _amount(found.margin, found.metric)
     told = {
         "equivalent": f"it lies within {margin} on either side, so {found.a} is equivalent to {found.b}",
@@ -111,7 +111,7 @@ def _judge_others(gain: Decision, others: Sequence[Contrast]) -> tuple[Decision,
     reasons = []
     for other in others:
         low, high = improvement(other.difference, other.metric)
-        scale, spec, unit = (100.0, "+.1f", " points") if is_binary(other.metric) else (1.0, "+.4g", "")
+        scale, spec, unit = _scale(other.metric)
         seen = f"difference {scale * other.difference.value:{spec}}{unit}, {_interval(other.difference, spec, scale)}"
         if high < 0:
             gain = "do not ship"
@@ -157,7 +157,7 @@ def _compare(contrast: Contrast, tuned: Estimate | None, prompted: Estimate | No
     """One sentence with all numbers of the comparison."""
     difference, metric = contrast.difference, contrast.metric
     other = f"the best prompted base ({contrast.b})" if contrast.b in PROMPTED_ARMS else contrast.b
-    scale, spec, unit = (100.0, "+.1f", " points") if is_binary(metric) else (1.0, "+.4g", "")
+    scale, spec, unit = _scale(metric)
     interval = f"{_interval(difference, spec, scale)} (p = {contrast.p_value:.2g})"
     change = f"difference {scale * difference.value:{spec}}{unit}, {interval}"
     lower = "" if higher_is_better(metric) else ", lower is better"
@@ -169,6 +169,11 @@ def _compare(contrast: Contrast, tuned: Estimate | None, prompted: Estimate | No
         return f"{share}; {other} {100 * prompted.value:.1f} %; {change}."
     scores = f"{contrast.a} has a mean {metric} of {tuned.value:.4g} on {_rows(tuned.n)}{lower}"
     return f"{scores}; {other} {prompted.value:.4g}; {change}."
+
+
+def _scale(metric: str) -> tuple[float, str, str]:
+    """By what a difference of the metric is multiplied to be told, its format and its unit."""
+    return (100.0, "+.1f", " points") if is_binary(metric) else (1.0, "+.4g", "")
 
 
 def _interval(estimate: Estimate, spec: str, scale: float = 1.0) -> str:

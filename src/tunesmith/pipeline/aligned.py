@@ -245,7 +245,7 @@ def _results(
         "task": {"metric": panel.decides or "length_tokens"},
         "arms": arms,
         **({"win_rate": asdict(won), "win_rate_by": by} if won else {}),
-        "asked": prompts.asked.rstrip(","),
+        "asked": prompts.asked,
         "kl": asdict(kl),
         "contrasts": [asdict(one) for one in contrasts],
         "curve": list(curve),

@@ -43,7 +43,7 @@ class Prompts:
         if self.unit == "prompt":
             return f"{len(items)} held-out prompts"
         few = len({asked_key(item.prompt) for item in items})
-        return f"{len(items)} answers to {few} prompts, which training asked too,"
+        return f"{len(items)} answers to {few} prompts (which training asked too)"
 
     @property
     def counts(self) -> dict[str, Any]:
