@@ -275,6 +275,18 @@ def test_headlines_speak_of_the_arm_that_validation_chose(
     assert "Tuning with full fine-tuning lifts" in text_of(render_page(record))
 
 
+def test_a_prompt_that_is_no_shorter_may_be_repaid_by_shorter_answers(
+    make_run: Callable[..., Path], tmp_path: Path, text_of: Callable
+) -> None:
+    record = read_record(make_run(tmp_path / "run", rows=20))
+    record.results["savings"] |= {"prompt_tokens_saved_fraction": 0.0, "break_even_requests": 670}
+    words = text_of(render_page(record))
+    assert "by its shorter answers training is repaid after about 670 requests" in words
+    assert "repaid by shorter answers after 670 requests" in words
+    record.results["savings"]["break_even_requests"] = None
+    assert "training is not repaid in tokens" in text_of(render_page(record))
+
+
 def test_a_student_is_told_beside_its_teacher(make_run: Callable[..., Path], tmp_path: Path, text_of: Callable) -> None:
     folder = make_run(tmp_path / "student", updates=("lora",))
     found = json.loads((folder / "results.json").read_text())

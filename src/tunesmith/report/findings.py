@@ -93,9 +93,11 @@ def general_loss_change(run: RunRecord, arm: str | None) -> Estimate | None:
 def break_even(run: RunRecord) -> str:
     """When training is repaid by the tokens saved, in words."""
     requests = part(run.results, "savings", "break_even_requests")
+    saved = part(run.results, "savings", "prompt_tokens_saved_fraction")
     if is_number(requests):
-        return f"repaid after {words.rounded_count(requests)} requests"
-    if is_number(part(run.results, "savings", "prompt_tokens_saved_fraction")):
+        by = "by shorter answers " if is_number(saved) and saved <= 0 else ""
+        return f"repaid {by}after {words.rounded_count(requests)} requests"
+    if is_number(saved):
         return "training is not repaid in tokens"
     return "break-even not known"
 

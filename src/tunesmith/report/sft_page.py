@@ -70,7 +70,11 @@ def _break_even(run: RunRecord) -> str:
     tuned = words.arm_label(run, part(saving, "tuned") or run.subject or "the tuned arm")
     if fraction <= 0:
         more = f"{words.percent(-fraction)} more" if fraction < 0 else "as many"
-        return f"A request to {tuned} reads {more} prompt tokens than {against}: training is not repaid in tokens."
+        told = f"A request to {tuned} reads {more} prompt tokens than {against}"
+        if not is_number(requests):
+            return f"{told}: training is not repaid in tokens."
+        shown = words.rounded_count(requests)
+        return f"{told}; by its shorter answers training is repaid after about {shown} requests."
     told = f"A request to {tuned} reads {words.percent(fraction)} fewer prompt tokens than {against}."
     saved = part(saving, "tokens_saved_per_request")
     if is_number(saved) and saved <= 0:
