@@ -69,7 +69,7 @@ def trained(
     raw = {"data": {"train": "builtin"}, "update": update, "lora": lora, "train": {"epochs": epochs, "batch": BATCH}}
     recipe = parse_recipe(raw)
     settings = derive(recipe, update, model, rows)
-    attach(recipe, update, model, settings)
+    attach(recipe, model, settings)
     source = steps_of(recipe, settings, rows, Rehearsal(), model, World())
     started = time.process_time()
     with tempfile.TemporaryDirectory() as folder:

@@ -130,7 +130,7 @@ def trained(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
     rows = random_rows(args.steps * args.batch, args.tokens)
     settings = derive(recipe, args.update, model, rows)
     Screen().derived(settings.derived)
-    attach(recipe, args.update, model, settings)
+    attach(recipe, model, settings)
     if model.blocks:
         model.blocks.recompute |= args.recompute
     source = SftSteps(rows, batch=args.batch, epochs=1, budget_tokens=settings.microbatch_tokens, world=world)

@@ -140,3 +140,7 @@ class StepSource(Protocol):
     def __call__(self, step: int) -> Sequence[Batch]:
         """The batches of optimizer step `step` (0-based) for this rank."""
         ...
+
+    def row_tokens(self) -> Sequence[float]:
+        """Tokens of each of the rows that a step counts: examples, pairs, or answers drawn so far."""
+        ...

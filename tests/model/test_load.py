@@ -27,10 +27,11 @@ from transformers import (
 from tunesmith.data.pack import pack
 from tunesmith.errors import ModelError
 from tunesmith.methods.sft import CrossEntropy, SftSteps
-from tunesmith.model.adapters import load_adapter, read_adapter, save_adapter
+from tunesmith.model.adapters import load_adapter, save_adapter
 from tunesmith.model.load import PLAIN_TEMPLATE, Model, load, load_vocabulary
 from tunesmith.model.lora import LoraShape, attach_lora, lora_layers
 from tunesmith.model.many import Adapters
+from tunesmith.model.peft_layout import read_adapter
 from tunesmith.model.sample import Sampling, sample
 from tunesmith.model.score import score
 from tunesmith.train.fit import fit

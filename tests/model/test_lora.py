@@ -18,9 +18,9 @@ from tunesmith.data.pack import pack_one
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import load_adapter, save_adapter, save_model
 from tunesmith.model.attention import PackedAttention
-from tunesmith.model.linear import Linear
 from tunesmith.model.load import Model, load
-from tunesmith.model.lora import LoraShape, adapters_off, attach_lora, lora_layers, merge_lora
+from tunesmith.model.lora import LoraShape, adapters_off, attach_lora, lora_layers
+from tunesmith.model.merge import merge_files
 from tunesmith.model.sample import Sampling, sample
 from tunesmith.model.score import score
 from tunesmith.tensors import Layout
@@ -97,18 +97,9 @@ def test_adapters_come_back_on_after_an_error(adapted: Model) -> None:
     assert all(layer.enabled for layer in lora_layers(adapted.hf).values())
 
 
-def test_merged_weights_answer_as_the_adapter_does(adapted: Model) -> None:
+def test_adapter_and_base_merged_answer_as_they_do(adapted: Model, tiny_model_folder: Path, tmp_path: Path) -> None:
     before = logits(adapted)
-    merge_lora(adapted.hf)
-    assert not lora_layers(adapted.hf)
-    assert all(type(m) is Linear for m in adapted.hf.modules() if isinstance(m, nn.Linear))
-    torch.testing.assert_close(logits(adapted), before, rtol=0, atol=1e-5)
-
-
-def test_a_merged_model_is_saved_as_a_plain_one(adapted: Model, tmp_path: Path) -> None:
-    before = logits(adapted)
-    merge_lora(adapted.hf)
-    save_model(adapted, tmp_path / "merged")
+    merge_files(tiny_model_folder, save_adapter(adapted, SHAPE, tmp_path / "adapter"), tmp_path / "merged")
     torch.testing.assert_close(logits(load(str(tmp_path / "merged"), World())), before, rtol=0, atol=1e-5)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(plain_logits(plain), before, rtol=0, atol=1e-5)

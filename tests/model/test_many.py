@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import ModelError
-from tunesmith.model.adapters import Adapter, load_adapter, read_adapter, save_adapter
+from tunesmith.model.adapters import load_adapter, save_adapter
 from tunesmith.model.cache import Cache, Decode
 from tunesmith.model.few_rows import steady_answer
 from tunesmith.model.load import Model, load
 from tunesmith.model.lora import LoraShape, attach_lora, lora_layers
 from tunesmith.model.many import Adapters
+from tunesmith.model.peft_layout import Adapter, read_adapter
 from tunesmith.model.sample import Live, Row, Sampling, stopped
 from tunesmith.model.steady import SteadyDecode
 from tunesmith.world import World

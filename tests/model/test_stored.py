@@ -15,12 +15,13 @@ from torch import Tensor
 from tunesmith.errors import ModelError
 from tunesmith.methods.sft import CrossEntropy, SftSteps
 from tunesmith.model import stored
-from tunesmith.model.adapters import read_adapter, save_adapter
+from tunesmith.model.adapters import save_adapter
 from tunesmith.model.linear import SLICE, product, steady_product
 from tunesmith.model.load import Model, load
-from tunesmith.model.lora import LoraShape, attach_lora, lora_layers, merge_lora
+from tunesmith.model.lora import LoraShape, attach_lora, lora_layers
 from tunesmith.model.many import Adapters
 from tunesmith.model.merge import write_plain
+from tunesmith.model.peft_layout import read_adapter
 from tunesmith.model.sample import Row, Sampling, sample
 from tunesmith.model.score import all_log_probs, hidden_states, score
 from tunesmith.model.stored import kept_as
@@ -119,8 +120,7 @@ def test_merged_or_beside_others_an_adapter_is_that_of_float32_weights(short_fol
     for model in both(short_folder):
         lively(model)
         adapter = read_adapter(save_adapter(model, SHAPE, tmp_path / str(model.weights.value)))
-        merge_lora(model.hf)
-        hidden.append(model.body.get_submodule("layers.0.self_attn.q_proj")(x))
+        hidden.append(product(x, lora_layers(model.hf)["model.layers.0.self_attn.q_proj"].whole))
         served = Adapters(load(str(short_folder), World(), "stored" if not hidden[1:] else "float32"))
         served.add("one", adapter)
         served.route([Row(np.array([1]), Sampling(max_new_tokens=1), adapter="one")], [5])

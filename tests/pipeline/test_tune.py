@@ -20,6 +20,7 @@ from tunesmith.errors import Interrupted
 from tunesmith.folder import RunFolder, locked, manifest_problem, open_run, read_json, read_jsonl, write_json
 from tunesmith.model.sample import Sampling
 from tunesmith.pipeline import tune as module
+from tunesmith.pipeline.begin import Place
 from tunesmith.pipeline.tune import Material, Tuned, tune
 from tunesmith.recipe import Recipe, Update, dump_recipe, parse_recipe
 from tunesmith.screen import Screen
@@ -69,7 +70,9 @@ def work(recipe: Recipe, material: Material, monkeypatch: pytest.MonkeyPatch) ->
         with locked(folder):
             if not folder.plan.is_file():
                 write_json(folder.plan, {"derived": [], "arms": {}})
-            return tune(recipe, update, material, folder, World(), screen or Screen(quiet=True))
+            screen = screen or Screen(quiet=True)
+            place = Place(recipe=recipe, folder=folder, root=path, world=World(), screen=screen, started=0.0)
+            return tune(place, update, material)
 
     return run
 

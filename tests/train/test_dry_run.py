@@ -12,11 +12,13 @@ from tunesmith.errors import TrainingError
 from tunesmith.methods.sft import CrossEntropy, SftSteps
 from tunesmith.model.load import Model
 from tunesmith.model.lora import LoraShape, attach_lora
-from tunesmith.recipe import Update
+from tunesmith.recipe import Update, parse_recipe
 from tunesmith.train import dry_run
-from tunesmith.train.plan import Prediction, predict
+from tunesmith.train.plan import Prediction, derive, predict
 from tunesmith.types import Example
 from tunesmith.world import World
+
+RECIPE = parse_recipe({"data": {"train": "-"}, "train": {"batch": 16}})
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def prediction(model: Model, examples: Sequence[Example], update: Update = "full", budget: int = 512) -> Prediction:
     source = SftSteps(examples, batch=16, epochs=1.0, budget_tokens=budget, world=World())
-    return predict(model, source, CrossEntropy(), update, source.row_tokens(), 16)
+    settings = derive(RECIPE, update, model, examples)
+    return predict(model, source, CrossEntropy(), settings)
 
 
 def test_the_same_job_is_timed_once(fresh_model: Model, tiny_examples: list[Example], cache: Path) -> None:

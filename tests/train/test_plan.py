@@ -36,8 +36,8 @@ def source(examples: Sequence[Example], budget: int = 512) -> SftSteps:
 
 
 def prediction(model: Model, examples: Sequence[Example], budget: int = 512) -> Prediction:
-    sizes = [len(example.tokens) for example in examples]
-    return predict(model, source(examples, budget), CrossEntropy(), "full", sizes, 16)
+    settings = derive(recipe(train={"batch": 16}), "full", model, examples)
+    return predict(model, source(examples, budget), CrossEntropy(), settings)
 
 
 @pytest.mark.parametrize("update", ["lora", "full", "economy"])
@@ -113,6 +113,7 @@ import numpy as np
 from tunesmith.errors import TrainingError
 from tunesmith.methods.sft import CrossEntropy, SftSteps
 from tunesmith.model.load import load
+from tunesmith.recipe import parse_recipe
 from tunesmith.train import plan
 from tunesmith.types import Example
 from tunesmith.world import World
@@ -122,9 +123,11 @@ ones = np.ones(400, dtype=np.float32)
 rows = [Example(tokens=np.arange(400) % 250 + n % 40, weights=ones, id=str(n)) for n in range(48)]
 if room:
     plan.available_bytes = lambda device: int(room / plan.RESERVED)
-source = SftSteps(rows, batch=16, epochs=1.0, budget_tokens=budget, world=World())
+model, source = load(folder, World()), SftSteps(rows, batch=16, epochs=1.0, budget_tokens=budget, world=World())
+recipe = parse_recipe({"data": {"train": "-"}, "train": {"batch": 16, "microbatch_tokens": budget}})
 try:
-    print(plan.predict(load(folder, World()), source, CrossEntropy(), "full", [400], 16).peak_memory_bytes)
+    settings = plan.derive(recipe, "full", model, rows)
+    print(plan.predict(model, source, CrossEntropy(), settings).peak_memory_bytes)
 except TrainingError as error:
     print(error)
 """

@@ -69,6 +69,10 @@ class KeptStates:
             self._make()
         return [replace(batch, states=self._states(batch)) for batch in self.source(step)]
 
+    def row_tokens(self) -> Sequence[float]:
+        """As without kept states."""
+        return self.source.row_tokens()
+
     @property
     def told(self) -> str:
         """What is done and what it takes on the disk, in a sentence."""

@@ -54,6 +54,10 @@ class EpochSteps:
         batches = pack_groups(chosen, budget_tokens=self.budget_tokens, share=self.share)
         return [self.finish(batch) for batch in batches]
 
+    def row_tokens(self) -> Sequence[float]:
+        """Tokens of each group."""
+        return [float(sum(len(example.tokens) for example in group)) for group in self.groups]
+
     def rows(self, step: int) -> list[int]:
         """Indices of the step's groups; an epoch's end may fall inside a step."""
         places = range(step * self.batch, (step + 1) * self.batch)

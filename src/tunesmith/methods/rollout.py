@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -121,6 +121,10 @@ class RolloutSteps:
         groups = [part for n in chosen for part in cut_to_fit(self.groups[n], budget_tokens=budget, share=packs)]
         return pack_groups(groups, budget_tokens=budget, share=packs)
 
+    def row_tokens(self) -> list[float]:
+        """Tokens of every answer that was learned from, each with its prompt."""
+        return [float(size) for path in sorted(self.store.glob("*.safetensors")) for size in _read(path)[0]["lengths"]]
+
     def _share(self, order: np.ndarray, part: int) -> list[int]:
         """A part's share of the answers, never none, and of what is imitated beside them, in the order of both."""
         beside = np.array([imitates(self.groups[n]) for n in order])
@@ -221,13 +225,7 @@ def write_rollout(path: Path, groups: Sequence[Group], statistics: Mapping[str, 
 
 def read_rollout(path: Path) -> tuple[list[Group], Mapping[str, float]]:
     """What write_rollout wrote. Raises FolderError where it is gone or damaged."""
-    try:
-        with safe_open(path, "numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = json.loads(file.metadata()["about"])
-    except (OSError, SafetensorError) as error:
-        fix = "Delete the folder of this update's checkpoints and rollouts, and run again to start it afresh."
-        raise FolderError(f"the answers being learned from cannot be read: {error}", where=str(path), fix=fix) from None
+    arrays, about = _read(path)
     cuts = np.cumsum(arrays["lengths"])[:-1]
     parts = {name: np.split(values, cuts) for name, values in arrays.items() if name not in ("lengths", "groups")}
     names = [name for name in parts if name.startswith("extra:")]
@@ -242,6 +240,15 @@ def read_rollout(path: Path) -> tuple[list[Group], Mapping[str, float]]:
     )
     groups = [tuple(next(examples) for _ in range(int(size))) for size in arrays["groups"]]
     return groups, about["statistics"]
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    try:
+        with safe_open(path, "numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["about"])  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        fix = "Delete the folder of this update's checkpoints and rollouts, and run again to start it afresh."
+        raise FolderError(f"the answers being learned from cannot be read: {error}", where=str(path), fix=fix) from None
 
 
 def _drawn(plan: RolloutPlan, rollout: int, items: int) -> list[int]:

@@ -35,6 +35,11 @@ class LoraShape:
     seed: int = 0
     lowest: int = 0
 
+    @property
+    def scale(self) -> float:
+        """What B A x is multiplied by."""
+        return self.alpha / self.rank
+
 
 class _LoraLinear(torch.autograd.Function):
     """dX = dY W + s (dY B) A,  dA = s (dY B)^T X,  dB = s dY^T (X A^T). A and B stay float32 under a bfloat16 W."""
@@ -113,7 +118,7 @@ def attach_lora(module: nn.Module, shape: LoraShape, *, head: nn.Module | None =
         assert isinstance(child, LoraLinear)
         child.lora_a = nn.Parameter(_initial_a(name, child, shape))
         child.lora_b = nn.Parameter(torch.zeros(child.out_features, shape.rank, device=child.weight.device))
-        child.scale, child.enabled = shape.alpha / shape.rank, True
+        child.scale, child.enabled = shape.scale, True
         total += child.lora_a.numel() + child.lora_b.numel()
     if not total:
         names = linear_names(module, head)
@@ -173,16 +178,6 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enabled = True
-
-
-@torch.no_grad()
-def merge_lora(module: nn.Module) -> None:
-    """Add every adapter to its weights, W + s B A, and leave plain Linear layers."""
-    for layer in lora_layers(module).values():
-        layer.enabled = True
-        layer.weight.data = layer.whole
-        del layer.lora_a, layer.lora_b
-        layer.__class__ = Linear  # type: ignore[assignment]
 
 
 def wanted(name: str, shape: LoraShape, *, is_head: bool = False) -> bool:

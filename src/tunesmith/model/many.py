@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from .adapters import Adapter
 from .few_rows import steady_answer
 from .linear import Linear, met_as, steady_product
 from .load import Model
 from .lora import language_model, wanted
+from .peft_layout import Adapter
 from .sample import Row
 
 
@@ -85,7 +85,7 @@ class Adapters:
         self.check(adapter)
         self.remove(name)
         self.known.add(name)
-        scale = adapter.shape.alpha / adapter.shape.rank
+        scale = adapter.shape.scale
         for layer, (a, b) in adapter.pairs.items():
             weight = self.layers[layer].weight
             how = {"device": weight.device, "dtype": met_as(weight)}

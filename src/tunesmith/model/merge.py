@@ -5,19 +5,16 @@ The sum W + s B A is taken in float32, as it was when the adapter was evaluated,
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import ModelError
 from ..folder import read_json, write_json, write_manifest, written_aside
-
-_PREFIX = "base_model.model."
+from .peft_layout import read_adapter
 
 
 def merge_files(base: Path, adapter: Path, out: Path) -> Path:
@@ -30,8 +27,8 @@ def merge_files(base: Path, adapter: Path, out: Path) -> Path:
 
 def write_plain(base: Path, adapter: Path | None, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Fill `folder` with the files of `base`, its weights with `adapter` added, all of them stored as `dtype`."""
-    low_rank, scale = _read_adapter(adapter) if adapter else ({}, 0.0)
-    left = {name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in low_rank}
+    low_rank = read_adapter(adapter) if adapter else None
+    left = set(low_rank.pairs) if low_rank else set()
     for path in sorted(base.iterdir()):
         if path.suffix != ".safetensors":
             if path.is_file() and path.name != "manifest.json":
@@ -40,8 +37,8 @@ def write_plain(base: Path, adapter: Path | None, folder: Path, dtype: torch.dty
         tensors = load_file(path)
         for name in tensors:
             layer = name.removesuffix(".weight")
-            if layer in left:
-                tensors[name] = _sum(tensors[name], layer, low_rank, scale)
+            if low_rank and layer in left:
+                tensors[name] = _sum(tensors[name], layer, *low_rank.pairs[layer], low_rank.shape.scale)
                 left.discard(layer)
             if tensors[name].is_floating_point():
                 tensors[name] = tensors[name].to(dtype)
@@ -57,18 +54,8 @@ def write_plain(base: Path, adapter: Path | None, folder: Path, dtype: torch.dty
     write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
 
 
-def _read_adapter(adapter: Path) -> tuple[dict[str, Tensor], float]:
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        return load_file(adapter / "adapter_model.safetensors"), float(config["lora_alpha"]) / float(config["r"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        fix = "Finish the run that makes it with `tunesmith run`."
-        raise ModelError(f"cannot read the adapter: {error}", where=str(adapter), fix=fix) from None
-
-
-def _sum(weight: Tensor, name: str, low_rank: dict[str, Tensor], scale: float) -> Tensor:
-    a, b = (low_rank[f"{_PREFIX}{name}.lora_{side}.weight"].float() for side in "AB")
+def _sum(weight: Tensor, name: str, a: Tensor, b: Tensor, scale: float) -> Tensor:
     if weight.shape != (b.shape[0], a.shape[1]):
         fix = "Use the base that the adapter was trained on."
         raise ModelError(f"the adapter does not fit this base: {name} has another shape", where=name, fix=fix)
-    return torch.addmm(weight.float(), b, a, alpha=scale).contiguous()
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).contiguous()

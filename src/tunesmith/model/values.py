@@ -48,12 +48,15 @@ def value_head(module: nn.Module) -> nn.Linear:
 
 
 @contextmanager
-def without_value_head(model: Model) -> Iterator[nn.Linear]:
-    """Inside the `with` block the plain causal language model, as other programs know it; yields the head."""
-    head = value_head(model.hf)
+def without_value_head(model: Model) -> Iterator[None]:
+    """Inside the `with` block the plain causal language model, as other programs know it."""
+    head = dict(model.hf.named_children()).get(NAME)
+    if head is None:
+        yield
+        return
     delattr(model.hf, NAME)
     try:
-        yield head
+        yield
     finally:
         model.hf.add_module(NAME, head)
 

@@ -21,14 +21,13 @@ from ..evaluate.metrics import find_metric
 from ..evaluate.stats import contrast, estimate
 from ..evaluate.systems import Prompting
 from ..folder import RunFolder, is_run_folder, read_json, read_jsonl, sha256_file, write_json
-from ..model.adapters import load_adapter
-from ..model.load import Model, load, resolve
-from ..model.pinned import check_base
+from ..model.load import Model, load
 from ..model.sample import Sampling, sample
 from ..recipe import DataSpec, Recipe, Update, load_recipe
 from ..screen import Screen
 from ..types import UNENDED, Comparison, Conversation, Message
 from ..world import World
+from .handed import open_made
 from .pairs import comparisons
 from .prepare import questions
 from .reward import agreement_with
@@ -43,7 +42,7 @@ def open_model(name: str, world: World, update: str = "") -> Model:
     folder, recipe = RunFolder(path=path), load_recipe(path / "recipe.yaml")
     if recipe.method == "reward":
         raise RecipeError("a reward model gives scores, not answers", where=name, fix="Name the run of a policy.")
-    wanted = update or (read_json(folder.results)["subject"] if folder.results.is_file() else recipe.update[0])
+    wanted: Any = update or (read_json(folder.results)["subject"] if folder.results.is_file() else recipe.update[0])
     if wanted not in (*get_args(Update), "base"):
         raise RecipeError(f"unknown update {wanted!r}", where="--update", fix="Choose lora, full, economy or base.")
     if wanted == "base":
@@ -55,13 +54,7 @@ def open_model(name: str, world: World, update: str = "") -> Model:
             where=name,
             fix="Finish it with `tunesmith run`, or choose another --update.",
         )
-    if wanted == "full":
-        return load(str(made), world)
-    base = resolve(recipe.base)
-    check_base(folder, base)
-    model = load(str(base), world, recipe.weights)
-    load_adapter(model, made)
-    return model
+    return open_made(folder, recipe, wanted, made, world)
 
 
 def evaluate_again(run_folder: Path, data: str, update: str, screen: Screen) -> dict[str, Any]:

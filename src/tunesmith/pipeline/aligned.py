@@ -14,23 +14,22 @@ from ..evaluate.choices import verdict_on_policy
 from ..evaluate.forgetting import forgotten, remember
 from ..evaluate.stats import contrast, estimate
 from ..folder import read_json, read_jsonl, write_json, write_jsonl
-from ..model.adapters import load_adapter, save_adapter, save_model
+from ..model.adapters import load_adapter
 from ..model.load import Model, load
 from ..model.lora import LoraShape, adapters_off
-from ..model.values import NAME, without_value_head
 from ..recipe import Update
 from ..tensors import Loss, StepSource
 from ..train.meter import machine, reset_peak_memory
 from ..train.optim import Optimization
-from ..train.plan import Prediction, Settings
 from ..types import Estimate
 from ..world import World
 from .begin import Place, opened
+from .handed import hand_over
 from .loop import Undertaking, carry_out
 from .panel import Panel, Reference, Seen, at_temperature, look, wins
 from .prompts import Prompts
 from .results import lost_ability
-from .tune import account
+from .tune import Plan, account
 
 _ROLLOUT = ("rollout", "score", "score_sd", "kl", "kl_coefficient", "length_tokens", "repetition", "entropy")
 _ROLLOUT += ("unended", "unscored", "alike")
@@ -41,14 +40,12 @@ class Aligning:
     """A policy about to be trained. `watch`, where given, looks at validation rows besides the panel's look."""
 
     model: Model
-    shape: LoraShape
-    settings: Settings
+    shape: LoraShape | None
+    plan: Plan
     source: StepSource
     loss: Loss
     how: Optimization
     reference: Reference
-    prediction: Callable[[], Prediction]
-    sizes: Sequence[float]
     beside: Callable[[], Mapping[str, float]] = dict
     enough: Callable[[], str] = str
     watch: Callable[[], dict[str, float]] = dict
@@ -110,7 +107,7 @@ def _trained(
     """The tuned model, what training took, and the looks at validation prompts, the first at step 0."""
     recipe, folder, world = place.recipe, place.folder, place.world
     update = recipe.update[0]
-    target = folder.adapter if update == "lora" else folder.model
+    target = folder.handed_over(update)
     record = folder.path / "trained" / f"{update}.json"
     if record.is_file():
         place.screen.line(f"{update} was trained before; loading {target.name}/")
@@ -120,7 +117,6 @@ def _trained(
             load_adapter(model, target)
         return model, known["train"], known["curve"]
     work = begin(base)
-    prediction = work.prediction()
     reset_peak_memory()
     how = at_temperature(recipe, prompts)
 
@@ -145,28 +141,14 @@ def _trained(
         enough=work.enough,
     )
     outcome = carry_out(undertaking, folder, world, place.screen)
-    train = account(folder, update, update, work.model, work.settings, outcome, work.sizes, prediction, world)
+    train = account(place, work.plan, work.model, work.source, outcome)
     curve = [{"step": 0, **_point(on_valid, on_valid, panel)}, *map(dict, outcome.history)]
     curve = [{**point, "chosen": point["step"] == outcome.best["step"]} for point in curve]
     if world.leads:
-        _hand_over(work, update, place)
+        hand_over(work.model, work.shape, target)
         write_json(record, {"train": train, "curve": curve})
     world.barrier()
     return work.model, train, curve
-
-
-def _hand_over(work: Aligning, update: Update, place: Place) -> None:
-    def save() -> None:
-        if update == "lora":
-            save_adapter(work.model, work.shape, place.folder.adapter)
-        else:
-            save_model(work.model, place.folder.model)
-
-    if NAME in dict(work.model.hf.named_children()):
-        with without_value_head(work.model):
-            save()
-    else:
-        save()
 
 
 def _point(seen: Seen, base: Seen, panel: Panel) -> dict[str, float]:

@@ -49,7 +49,7 @@ def _begin(place: Place, model: Model, pairs: Pairs) -> Aligning:
     examples = [example for group in pairs.groups["train"] for example in group]
     settings = derive(recipe, update, model, examples, rows=len(pairs.groups["train"]))
     budget = settings.microbatch_tokens
-    shape = attach(recipe, update, model, settings)
+    shape = attach(recipe, model, settings)
     reference = reference_of(model, update, recipe.base, world)
     with reference() as before:
         place.screen.line("what the base model says of every pair is computed once")
@@ -68,19 +68,14 @@ def _begin(place: Place, model: Model, pairs: Pairs) -> Aligning:
         packs=model.packs,
     )
     loss = PreferenceLoss(beta=spec.beta, kind=spec.loss, smoothing=spec.smoothing)
-    sizes = [sum(len(example.tokens) for example in group) for group in train]
     return Aligning(
         model=model,
         shape=shape,
-        settings=settings,
         source=source,
         loss=loss,
         how=optimization(recipe, settings),
         reference=reference,
-        prediction=lambda: planned(
-            place.folder, update, update, settings, source, loss, model, sizes, place.screen, world
-        ),
-        sizes=sizes,
+        plan=planned(place, update, model, settings, source, loss),
         watch=lambda: _look(model, loss, valid, settings),
     )
 

@@ -61,11 +61,11 @@ def forecast(recipe: Recipe, root: Path, world: World, screen: Screen) -> None:
         settings = derive(recipe, update, model, data.train)
         strength = recipe.data.rehearse
         texts = own_texts(model, TIMED_TEXTS, recipe.train.seed) if strength else []
-        attach(recipe, update, model, settings)
+        attach(recipe, model, settings)
         rehearsal = Rehearsal(texts=texts, strength=strength)
         source = steps_of(recipe, settings, data.train, rehearsal, model, world)
         far = reach(source, model)
-        cost = predict(model, source, CrossEntropy(), update, source.row_tokens(), settings.batch, far)
+        cost = predict(model, source, CrossEntropy(), settings, far)
         screen.derived(settings.derived)
         memory = f"{cost.peak_memory_bytes / 1e9:.1f} GB at the peak"
         screen.line(f"{source.steps} steps: about {cost.seconds:.0f} s, {memory}, {cost.flops:.2g} FLOPs{cost.source}")

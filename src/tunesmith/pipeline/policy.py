@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 
@@ -17,17 +17,17 @@ from ..methods.ppo import PpoLoss, adapted, imitated, ppo_examples
 from ..methods.rollout import RolloutPlan, RolloutSteps, Shape
 from ..model.load import Model
 from ..model.values import attach_value_head, value_head
-from ..recipe import Recipe, Update
-from ..tensors import Loss
+from ..recipe import Recipe
+from ..tensors import Batch, Loss
 from ..train.optim import Optimization
-from ..train.plan import Prediction, Settings, derive_policy, predict
+from ..train.plan import Prediction, Reach, Settings, derive_policy, predict
 from ..types import Example
 from .aligned import Aligning, align, reference_of
 from .begin import Place, checked, load_base, one_update
 from .panel import Panel, Reference, at_temperature, open_panel
 from .prompts import Prompts, prepare_prompts
 from .reward import REWARD, load_reward
-from .tune import attach, optimization
+from .tune import Plan, attach, optimization
 
 ADAM_EPSILON = 1e-5  # gentler early steps (Huang et al. 2024, arXiv 2403.17031)
 PROMPTS = {"ppo": 64, "grpo": 16}
@@ -61,7 +61,7 @@ def _begin(place: Place, model: Model, prompts: Prompts, panel: Panel) -> Aligni
     group = 1 if ppo else recipe.policy.group
     asked = recipe.policy.prompts or PROMPTS[recipe.method]
     settings = derive_policy(recipe, update, model, asked * group, prompts.longest_tokens)
-    shape = attach(recipe, update, model, settings)
+    shape = attach(recipe, model, settings)
     reference = reference_of(model, update, recipe.base, place.world)
     if ppo:
         _attach_values(place, model)
@@ -93,15 +93,13 @@ def _begin(place: Place, model: Model, prompts: Prompts, panel: Panel) -> Aligni
     return Aligning(
         model=model,
         shape=shape,
-        settings=settings,
+        plan=_planned(place, model, source, loss, settings),
         source=source,
         loss=loss,
         how=_optimization(recipe, settings),
         reference=reference,
         beside=lambda: source.statistics,
         enough=lambda: _too_far(source.statistics, recipe),
-        prediction=_planned(place, update, model, source, loss, settings),
-        sizes=[prompts.longest_tokens],
     )
 
 
@@ -185,40 +183,31 @@ class _FirstRollout:
     def __init__(self, source: RolloutSteps) -> None:
         self.source, self.steps = source, source.plan.epochs * source.plan.parts
 
-    def __call__(self, step: int):  # type: ignore[no-untyped-def]
+    def __call__(self, step: int) -> list[Batch]:
         return self.source(step)
 
+    def row_tokens(self) -> list[float]:
+        return self.source.row_tokens()
 
-def _planned(
-    place: Place, update: Update, model: Model, source: RolloutSteps, loss: Loss, settings: Settings
-) -> Callable[[], Prediction]:
-    """The prediction, from the first rollout, which is kept and trained on."""
 
-    def planned() -> Prediction:
-        plan = read_json(place.folder.plan)
-        if update not in plan["arms"]:
-            begun = time.monotonic()
-            source(0)
-            drawing = time.monotonic() - begun
-            sizes = [len(example.tokens) for group in source.groups for example in group]
-            one = predict(model, _FirstRollout(source), loss, update, sizes, settings.batch)
-            rollouts = source.plan.rollouts
-            whole = Prediction(
-                seconds=rollouts * (drawing + one.seconds),
-                peak_memory_bytes=one.peak_memory_bytes,
-                flops=rollouts * (one.flops + 2 * model.product_parameters * sum(sizes)),
-                remembered=one.remembered,
-            )
-            plan["arms"][update] = {"steps": source.steps, "predicted": asdict(whole)}
-            plan["derived"] += [asdict(line) for line in settings.derived]
-            write_json(place.folder.plan, plan)
-        found = Prediction(**plan["arms"][update]["predicted"])
-        place.screen.derived(settings.derived)
-        answers = source.plan.prompts * source.plan.group
-        place.screen.line(
-            f"plan: {source.plan.rollouts} rollouts of {answers} answers, {source.steps} steps, "
-            f"about {found.seconds:.0f} s, {found.peak_memory_bytes / 1e9:.1f} GB at the peak{found.source}"
-        )
-        return found
-
-    return planned
+def _planned(place: Place, model: Model, source: RolloutSteps, loss: Loss, settings: Settings) -> Plan:
+    """What all rollouts should take, from the first, which is kept and trained on."""
+    update, plan, reach = settings.update, read_json(place.folder.plan), Reach(drawn=1 / source.plan.epochs)
+    if update not in plan["arms"]:
+        begun = time.monotonic()
+        source(0)
+        drawing = time.monotonic() - begun
+        one = predict(model, _FirstRollout(source), loss, settings, reach)
+        rollouts = source.plan.rollouts
+        whole = replace(one, seconds=rollouts * (drawing + one.seconds), flops=rollouts * one.flops)
+        plan["arms"][update] = {"steps": source.steps, "predicted": asdict(whole)}
+        plan["derived"] += [asdict(line) for line in settings.derived]
+        write_json(place.folder.plan, plan)
+    found = Prediction(**plan["arms"][update]["predicted"])
+    place.screen.derived(settings.derived)
+    answers = source.plan.prompts * source.plan.group
+    place.screen.line(
+        f"plan: {source.plan.rollouts} rollouts of {answers} answers, {source.steps} steps, "
+        f"about {found.seconds:.0f} s, {found.peak_memory_bytes / 1e9:.1f} GB at the peak{found.source}"
+    )
+    return Plan(name=update, settings=settings, reach=reach, predicted=found)

@@ -21,10 +21,8 @@ from ..folder import RunFolder, is_run_folder, read_json, write_json, write_json
 from ..methods.annotate import Group
 from ..methods.order import EpochSteps
 from ..methods.reward import BradleyTerry, read_there, rewards
-from ..model.adapters import load_adapter, save_adapter, save_model
-from ..model.load import Model, load, resolve
-from ..model.pinned import check_base
-from ..model.values import attach_value_head, load_value_head, normalise, save_value_head, without_value_head
+from ..model.load import Model, load
+from ..model.values import attach_value_head, load_value_head, normalise, save_value_head
 from ..recipe import Recipe, load_recipe
 from ..screen import Screen
 from ..train.meter import machine, release_memory, reset_peak_memory
@@ -32,6 +30,7 @@ from ..train.plan import Settings, derive
 from ..types import Comparison
 from ..world import World
 from .begin import Place, checked, load_base, one_update, opened
+from .handed import hand_over, open_made
 from .loop import Undertaking, carry_out
 from .pairs import Pairs, halves, margin, pair, prepare_pairs, scored_pairs
 from .tune import account, attach, optimization, planned
@@ -92,13 +91,7 @@ def load_reward(name: str, which: str, world: World) -> Model:
     if not made.is_dir():
         fix = "Run it with preference.halves: true, or name another run as reward.judge."
         raise ModelError(f"the run has no {which} model", where=f"reward: {name}", fix=fix)
-    if recipe.update == ["full"]:
-        model = load(str(made), world)
-    else:
-        base = resolve(recipe.base)
-        check_base(RunFolder(path=path), base)
-        model = load(str(base), world, recipe.weights)
-        load_adapter(model, made)
+    model = open_made(RunFolder(path=path), recipe, recipe.update[0], made, world)
     load_value_head(model, made)
     for parameter in model.hf.parameters():
         parameter.requires_grad_(False)
@@ -155,8 +148,8 @@ def _learned(place: Place, name: str, groups: Sequence[Group], pairs: Pairs, see
         )
     model = load(recipe.base, world, recipe.weights)
     settings = derive(recipe, recipe.update[0], model, [e for group in groups for e in group], rows=len(groups))
-    shape = attach(recipe, recipe.update[0], model, settings)
-    attach_value_head(model, seed=seed)
+    shape = attach(recipe, model, settings)
+    head = attach_value_head(model, seed=seed)
     untrained = pair_rewards(model, pairs.groups["test"] if name == REWARD else [])
     train = _fitted(place, name, model, settings, groups, pairs, seed)
     reference = pair_rewards(model, pairs.groups["valid"][: recipe.evaluate.valid_rows])
@@ -165,11 +158,7 @@ def _learned(place: Place, name: str, groups: Sequence[Group], pairs: Pairs, see
     scores = pair_rewards(model, pairs.groups["test"])
     found = Judged(scores=scores, untrained=untrained, deviation=deviation, train=train, pairs=len(groups))
     if world.leads:
-        with without_value_head(model) as head:
-            if recipe.update == ["lora"]:
-                save_adapter(model, shape, folder.path / name, lambda made: save_value_head(head, made))
-            else:
-                save_model(model, folder.path / name, lambda made: save_value_head(head, made))
+        hand_over(model, shape, folder.path / name, lambda made: save_value_head(head, made))
         write_json(record, asdict(found))
     world.barrier()
     return found
@@ -179,13 +168,7 @@ def _fitted(
     place: Place, name: str, model: Model, settings: Settings, groups: Sequence[Group], pairs: Pairs, seed: int
 ) -> dict[str, Any]:
     """Train to the best validation loss; what it took."""
-    recipe, folder, world, screen, update = (
-        place.recipe,
-        place.folder,
-        place.world,
-        place.screen,
-        place.recipe.update[0],
-    )
+    recipe, world = place.recipe, place.world
     source = EpochSteps(
         groups,
         batch=settings.batch,
@@ -197,8 +180,7 @@ def _fitted(
         packs=model.packs,
         finish=read_there,
     )
-    sizes = [sum(len(example.tokens) for example in group) for group in groups]
-    prediction = planned(folder, name, update, settings, source, BradleyTerry(), model, sizes, screen, world)
+    plan = planned(place, name, model, settings, source, BradleyTerry())
     valid = pairs.groups["valid"][: recipe.evaluate.valid_rows]
     margins = np.array([margin(row, recipe.preference) for row in pairs.rows["valid"][: len(valid)]])
     reset_peak_memory()
@@ -214,8 +196,7 @@ def _fitted(
         evaluations=recipe.train.evaluations,
         patience=recipe.train.patience,
     )
-    outcome = carry_out(work, folder, world, screen)
-    return account(folder, name, update, model, settings, outcome, sizes, prediction, world)
+    return account(place, plan, model, source, carry_out(work, place.folder, world, place.screen))
 
 
 def pair_rewards(model: Model, groups: Sequence[Group]) -> np.ndarray:

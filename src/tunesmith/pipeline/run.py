@@ -41,13 +41,10 @@ from .tune import Material, tune
 class Job:
     """All that a run works with, read and checked before there is a run folder."""
 
-    recipe: Recipe
-    root: Path
+    place: Place
     data: Prepared
     retention: Sequence[Item]
     asking: Asking
-    world: World
-    screen: Screen
     taught: Mapping[str, Any] | None = None
 
 
@@ -120,41 +117,31 @@ def _report(folder: RunFolder) -> None:
 def _supervised(place: Place, taught: Mapping[str, Any] | None) -> None:
     """Imitate examples, and compare with the base model and its best prompts, or with the teacher."""
     job, base = _read(place, taught)
-    world, folder = place.world, place.folder
+    world = place.world
     with opened(place, job.data.ledger, _facts(job)):
-        before = _baselines(job, base, folder) if world.leads else None
+        before = _baselines(job, base) if world.leads else None
         del base
         world.barrier()
-        after = {update: _tuned(job, update, folder, before) for update in place.recipe.update}
+        after = {update: _tuned(job, update, before) for update in place.recipe.update}
         if before:
             place.screen.stage("Verdict")
             found = _findings(job, before, after, seconds=time.monotonic() - place.started)
-            write_json(folder.results, conclude(place.recipe, found))
+            write_json(place.folder.results, conclude(place.recipe, found))
         world.barrier()
 
 
 def _read(place: Place, taught: Mapping[str, Any] | None) -> tuple[Job, Model]:
     """Everything that can be wrong with the recipe, its files or its base shows here, before a folder is made."""
-    recipe, world, screen, root = place.recipe, place.world, place.screen, place.root
-    grades = checked(recipe, root, screen)
+    recipe, screen = place.recipe, place.screen
+    grades = checked(recipe, place.root, screen)
     retention = read_choices(recipe.evaluate.retention) if recipe.evaluate.retention else []
-    base = load_base(recipe, world, screen)
+    base = load_base(recipe, place.world, screen)
     screen.stage("Data", recipe.data.train)
     data = prepare(recipe, base.vocabulary, screen)
     screen.line(what_rows_show(recipe, len(data.test_items))[1])
     how = Sampling(max_new_tokens=data.max_new_tokens, batch=recipe.evaluate.batch)
     asking = Asking(grades=grades, metric=recipe.task.metric, how=how)
-    job = Job(
-        recipe=recipe,
-        root=root,
-        data=data,
-        retention=retention,
-        asking=asking,
-        world=world,
-        screen=screen,
-        taught=taught,
-    )
-    return job, base
+    return Job(place=place, data=data, retention=retention, asking=asking, taught=taught), base
 
 
 def _facts(job: Job) -> dict[str, Any]:
@@ -162,25 +149,25 @@ def _facts(job: Job) -> dict[str, Any]:
     return {"smallest_difference": _smallest_difference(job), "max_new_tokens": job.asking.how.max_new_tokens}
 
 
-def _baselines(job: Job, base: Model, folder: RunFolder) -> Before:
+def _baselines(job: Job, base: Model) -> Before:
     """The base model's best fair chance and lookups over the test rows, and its general ability."""
-    data, asking, screen = job.data, job.asking, job.screen
+    data, asking, recipe, folder, screen = job.data, job.asking, job.place.recipe, job.place.folder, job.place.screen
     screen.stage("Baselines", "the base model's best fair chance, and lookups")
-    selected = select_prompts(job.recipe, base, data, asking, folder, screen)
+    selected = select_prompts(recipe, base, data, asking, folder, screen)
     asked = {arm.name: ask(arm.name, base, arm, data.test_items, asking, folder, screen) for arm in selected.arms}
     if job.taught is not None:
         asked[TEACHER] = grade_teacher(data.test_items, asking, folder)
     return Before(
         selected=selected,
         measured=asked | look_up(data.rows, data.test_items, asking, folder),
-        remembered=remember(base, job.retention) if job.recipe.evaluate.forgetting else None,
+        remembered=remember(base, job.retention) if recipe.evaluate.forgetting else None,
         product_parameters=base.product_parameters,
     )
 
 
-def _tuned(job: Job, update: Update, folder: RunFolder, before: Before | None) -> After:
+def _tuned(job: Job, update: Update, before: Before | None) -> After:
     """Train one update; the first rank, which knows what was before, then asks the tuned model the test rows."""
-    data, asking = job.data, job.asking
+    place, data, asking = job.place, job.data, job.asking
     material = Material(
         train=data.train,
         valid=data.valid,
@@ -189,12 +176,12 @@ def _tuned(job: Job, update: Update, folder: RunFolder, before: Before | None) -
         grade=asking.grades[asking.metric],
         how=asking.how,
     )
-    job.screen.stage("Training", f"{update} fine-tuning")
-    tuned = tune(job.recipe, update, material, folder, job.world, job.screen)
+    place.screen.stage("Training", f"{update} fine-tuning")
+    tuned = tune(place, update, material)
     measured = forgetting = None
     if before:
         prompting = Prompting(name=update)
-        measured = ask(update, tuned.model, prompting, data.test_items, asking, folder, job.screen)
+        measured = ask(update, tuned.model, prompting, data.test_items, asking, place.folder, place.screen)
         forgetting = forgotten(before.remembered, tuned.model) if before.remembered else None
     return After(train=tuned.train, valid_metric=tuned.valid_metric, measured=measured, forgetting=forgetting)
 
@@ -204,7 +191,7 @@ def _findings(job: Job, before: Before, after: Mapping[str, After], *, seconds: 
     sign = 1 if higher_is_better(job.asking.metric) else -1
     facts = {
         **job.data.counts,
-        "machine": machine(job.world.device),
+        "machine": machine(job.place.world.device),
         "smallest_difference": _smallest_difference(job),
         "seconds": seconds,
         **({} if job.taught is None else {"distill": job.taught}),
@@ -224,4 +211,4 @@ def _findings(job: Job, before: Before, after: Mapping[str, After], *, seconds: 
 def _smallest_difference(job: Job) -> dict[str, object]:
     rows = len(job.data.test_items)
     explanation = f"the smallest true difference that {rows} paired test rows show with power 80 %"
-    return {"value": what_rows_show(job.recipe, rows)[0], "explanation": explanation}
+    return {"value": what_rows_show(job.place.recipe, rows)[0], "explanation": explanation}

@@ -5,23 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..evaluate.measure import example_losses, measure
 from ..evaluate.systems import Prompting
-from ..folder import RunFolder, read_json, read_jsonl, write_json, write_jsonl
+from ..folder import read_json, read_jsonl, write_json, write_jsonl
 from ..methods.economy import KeptStates, keeps_states, reach
 from ..methods.rehearsal import Rehearsal, own_text, own_texts, texts_for
 from ..methods.sft import CrossEntropy, SftSteps
-from ..model.adapters import load_adapter, save_adapter, save_model
 from ..model.load import Model, load
 from ..model.lora import LoraShape, attach_lora
 from ..model.sample import Sampling
 from ..recipe import Recipe, Update
-from ..screen import Screen
 from ..tensors import Loss, StepSource
 from ..texts import beginning
 from ..train.checkpoint import load_weights, trainable
@@ -30,6 +27,8 @@ from ..train.optim import Optimization
 from ..train.plan import EVERYWHERE, Prediction, Reach, Settings, derive, flops, predict
 from ..types import Example, Grade, Item
 from ..world import World
+from .begin import Place
+from .handed import hand_over, open_made
 from .loop import Outcome, Undertaking, best_weights, carry_out
 
 
@@ -40,6 +39,16 @@ class Tuned:
     model: Model
     train: dict[str, float]
     valid_metric: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One model about to be trained: its values, how far its tokens go, and what that should take."""
+
+    name: str
+    settings: Settings
+    reach: Reach
+    predicted: Prediction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,71 +63,63 @@ class Material:
     how: Sampling
 
 
-def tune(
-    recipe: Recipe,
-    update: Update,
-    material: Material,
-    folder: RunFolder,
-    world: World,
-    screen: Screen,
-) -> Tuned:
+def tune(place: Place, update: Update, material: Material) -> Tuned:
     """Train, or pick up where an earlier process stopped; a finished update is only loaded."""
+    recipe, folder, world, screen = place.recipe, place.folder, place.world, place.screen
     target = folder.handed_over(update)
     record = folder.path / "trained" / f"{update}.json"
     if record.is_file():
         screen.line(f"{update} was trained before; loading {target.name}/")
-        return _finished(recipe, update, target, read_json(record), world)
+        made, known = open_made(folder, recipe, update, target, world), read_json(record)
+        return Tuned(model=made, train=known["train"], valid_metric=known["valid_metric"])
     model = load(recipe.base, world, recipe.weights)
     settings = derive(recipe, update, model, material.train)
     rows = min(settings.epochs * len(material.train), settings.batch * (recipe.train.max_steps or math.inf))
-    rehearsal = rehearsed(recipe, texts_for(rows), model, folder, world, screen)
-    shape = attach(recipe, update, model, settings)
+    rehearsal = rehearsed(place, texts_for(rows), model)
+    shape = attach(recipe, model, settings)
     source = steps_of(recipe, settings, material.train, rehearsal, model, world)
-    sizes = source.row_tokens()
     far = reach(source, model)
-    prediction = planned(folder, update, update, settings, source, CrossEntropy(), model, sizes, screen, world, far)
+    plan = planned(place, update, model, settings, source, CrossEntropy(), far)
     kept = KeptStates(source, model, folder.checkpoints / update) if keeps_states(source, model) else None
     if kept:
         screen.line(kept.told)
     reset_peak_memory()
-    outcome = _train(recipe, update, model, settings, kept or source, material, folder, world, screen)
-    train = account(folder, update, update, model, settings, outcome, sizes, prediction, world, far)
+    outcome = _train(place, model, settings, kept or source, material)
+    train = account(place, plan, model, source, outcome)
     if kept:
         kept.forget()
     if world.leads:
-        if update != "full":
-            save_adapter(model, shape, target)
-        else:
-            save_model(model, target)
+        hand_over(model, shape, target)
         write_json(record, {"train": train, "valid_metric": outcome.best["valid_metric"]})
     world.barrier()
     return Tuned(model=model, train=train, valid_metric=outcome.best["valid_metric"])
 
 
-def attach(recipe: Recipe, update: Update, model: Model, settings: Settings) -> LoraShape:
+def attach(recipe: Recipe, model: Model, settings: Settings) -> LoraShape | None:
     """Choose what is trained, adapters on a frozen base or everything, and whether blocks are computed twice."""
-    target = tuple(recipe.lora.target) if recipe.lora.target else None
+    if model.blocks:
+        model.blocks.recompute = settings.recompute
+    if settings.update == "full":
+        return None
     shape = LoraShape(
-        rank=max(settings.rank, 1),
+        rank=settings.rank,
         alpha=recipe.lora.alpha,
-        target=target,
+        target=tuple(recipe.lora.target) if recipe.lora.target else None,
         seed=recipe.train.seed,
         lowest=settings.lowest,
     )
-    if update != "full":
-        attach_lora(model.hf, shape, head=model.head)
-    if model.blocks:
-        model.blocks.recompute = settings.recompute
+    attach_lora(model.hf, shape, head=model.head)
     return shape
 
 
-def rehearsed(recipe: Recipe, count: int, base: Model, folder: RunFolder, world: World, screen: Screen) -> Rehearsal:
+def rehearsed(place: Place, count: int, base: Model) -> Rehearsal:
     """Texts of the base's own, written once for all updates into rehearsal.jsonl."""
-    strength, path = recipe.data.rehearse, folder.path / "rehearsal.jsonl"
+    recipe, world = place.recipe, place.world
+    strength, path = recipe.data.rehearse, place.folder.path / "rehearsal.jsonl"
     if not strength:
         return Rehearsal()
     if world.leads and not path.is_file():
-        with screen.progress("texts of the base's own, to rehearse", count) as tick:
+        with place.screen.progress("texts of the base's own, to rehearse", count) as tick:
             texts = own_texts(base, count, recipe.train.seed, tick)
         words = [base.tokenizer.decode(text.tokens) for text in texts]
         lines = [{"id": t.id, "text": said, "tokens": t.tokens.tolist()} for t, said in zip(texts, words, strict=True)]
@@ -152,27 +153,24 @@ def steps_of(
 
 
 def planned(
-    folder: RunFolder,
+    place: Place,
     name: str,
-    update: Update,
+    model: Model,
     settings: Settings,
     source: StepSource,
     loss: Loss,
-    model: Model,
-    sizes: Sequence[float],
-    screen: Screen,
-    world: World,
     reach: Reach = EVERYWHERE,
-) -> Prediction:
+) -> Plan:
     """The prediction for one model, made once and kept in plan.json; shown with the derived values."""
+    folder, screen = place.folder, place.screen
     plan = read_json(folder.plan)
     if name not in plan["arms"]:
-        prediction = predict(model, source, loss, update, sizes, settings.batch, reach)
-        tokens = sum(sizes) / len(sizes) * source.steps * settings.batch
+        prediction = predict(model, source, loss, settings, reach)
+        tokens = np.mean(source.row_tokens()) * source.steps * settings.batch
         plan["arms"][name] = {"steps": source.steps, "tokens": int(tokens), "predicted": asdict(prediction)}
         known = {line["key"] for line in plan["derived"]}
         plan["derived"] += [asdict(line) for line in settings.derived if line.key not in known]
-        if world.leads:
+        if place.world.leads:
             write_json(folder.plan, plan)
     prediction = Prediction(**plan["arms"][name]["predicted"])
     screen.derived(settings.derived)
@@ -181,36 +179,27 @@ def planned(
         f"{prediction.peak_memory_bytes / 1e9:.1f} GB at the peak, {prediction.flops:.2g} FLOPs"
         f"{prediction.source}"
     )
-    return prediction
+    return Plan(name=name, settings=settings, reach=reach, predicted=prediction)
 
 
-def account(
-    folder: RunFolder,
-    name: str,
-    update: Update,
-    model: Model,
-    settings: Settings,
-    outcome: Outcome,
-    sizes: Sequence[float],
-    prediction: Prediction,
-    world: World,
-    reach: Reach = EVERYWHERE,
-) -> dict[str, Any]:
+def account(place: Place, plan: Plan, model: Model, source: StepSource, outcome: Outcome) -> dict[str, Any]:
     """What training took (`train` in results.json); the best weights are put into the model."""
-    peak = peak_memory_bytes(world.device)
-    load_weights(model.hf, best_weights(folder, name))
+    settings, weights = plan.settings, best_weights(place.folder, plan.name)
+    peak = peak_memory_bytes(place.world.device)
+    load_weights(model.hf, weights)
+    examples = outcome.done.step * settings.batch
     return {
         "seconds": outcome.done.seconds,
         "tokens": outcome.done.tokens,
         "steps": outcome.done.step,
         "best_step": outcome.best["step"],
-        "flops": flops(model, update, sizes, outcome.done.step * settings.batch, reach),
+        "flops": flops(model, settings.update, source.row_tokens(), examples, plan.reach),
         "peak_memory_bytes": peak,
         "trainable_parameters": sum(p.numel() for p in trainable(model.hf).values()),
         "learning_rate": settings.learning_rate,
-        "checkpoint_bytes": best_weights(folder, name).stat().st_size,
+        "checkpoint_bytes": weights.stat().st_size,
         "valid_loss": outcome.best.get("valid_loss"),
-        "predicted": asdict(prediction),
+        "predicted": asdict(plan.predicted),
     }
 
 
@@ -225,17 +214,9 @@ def optimization(recipe: Recipe, settings: Settings) -> Optimization:
     )
 
 
-def _train(
-    recipe: Recipe,
-    update: Update,
-    model: Model,
-    settings: Settings,
-    source: StepSource,
-    material: Material,
-    folder: RunFolder,
-    world: World,
-    screen: Screen,
-) -> Outcome:
+def _train(place: Place, model: Model, settings: Settings, source: StepSource, material: Material) -> Outcome:
+    recipe, update = place.recipe, settings.update
+
     def describe(line: Mapping[str, float]) -> str:
         return f"validation loss {line['valid_loss']:.4f}, {material.metric} {line['valid_metric']:.3f}"
 
@@ -245,13 +226,13 @@ def _train(
         source=source,
         loss=CrossEntropy(),
         how=optimization(recipe, settings),
-        watch=lambda step: _validate(update, model, material, world),
+        watch=lambda step: _validate(update, model, material, place.world),
         decides="valid_loss",
         describe=describe,
         evaluations=recipe.train.evaluations,
         patience=recipe.train.patience,
     )
-    return carry_out(work, folder, world, screen)
+    return carry_out(work, place.folder, place.world, place.screen)
 
 
 def _validate(update: Update, model: Model, material: Material, world: World) -> dict[str, float]:
@@ -268,12 +249,3 @@ def _validate(update: Update, model: Model, material: Material, world: World) ->
     release_memory()
     loss, metric = world.sum([loss, metric])
     return {"valid_loss": loss, "valid_metric": metric}
-
-
-def _finished(recipe: Recipe, update: Update, target: Path, record: dict, world: World) -> Tuned:
-    if update != "full":
-        model = load(recipe.base, world, recipe.weights)
-        load_adapter(model, target)
-    else:
-        model = load(str(target), world)
-    return Tuned(model=model, train=record["train"], valid_metric=record["valid_metric"])

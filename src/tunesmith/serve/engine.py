@@ -23,10 +23,10 @@ import torch
 
 from ..errors import ModelError
 from ..memory import available_bytes
-from ..model.adapters import Adapter
 from ..model.few_rows import kept_twice, steady_answer
 from ..model.load import Model
 from ..model.many import Adapters
+from ..model.peft_layout import Adapter
 from ..model.sample import Live, Row, compiles, how_many, stopped
 from ..model.steady import SteadyDecode
 from ..types import Stop

@@ -12,8 +12,8 @@ from typing import get_args
 
 from ..errors import FolderError, ModelError, RecipeError
 from ..folder import RunFolder, is_run_folder, manifest_problem, read_json
-from ..model.adapters import Adapter, read_adapter
 from ..model.load import Model, load, resolve
+from ..model.peft_layout import Adapter, read_adapter
 from ..model.pinned import check_base
 from ..recipe import Recipe, Update, load_recipe
 from ..world import World

@@ -41,6 +41,7 @@ HEAP_SLACK = 1.4  # of what a step takes: freed blocks of unequal streams leave 
 class Settings:
     """Resolved values of one update. `derived` lists them with reasons, as shown and saved."""
 
+    update: Update
     epochs: float
     batch: int
     learning_rate: float
@@ -70,12 +71,14 @@ class Prediction:
 class Reach:
     """How far a run's tokens go: the share that the head predicts from, and through frozen lower blocks (economy).
 
-    `rows` rows of `row_tokens` tokens go through those once; further passes over them begin above.
+    `rows` rows of `row_tokens` tokens go through those once; further passes over them begin above. `drawn` is how often
+    a row that a step counts was drawn by the model itself: once for all passes over a rollout.
     """
 
     scored: float = 1.0
     rows: float = math.inf
     row_tokens: float = 0.0
+    drawn: float = 0.0
 
 
 EVERYWHERE = Reach()
@@ -135,6 +138,7 @@ def derive(
     micro = _micro(model, adapter, longest, spec.microbatch_tokens, settle)
     recompute = _recompute(model, adapter, int(min(micro, counted.tokens.sum())), settle)
     return Settings(
+        update=update,
         epochs=float(epochs),
         batch=int(batch),
         learning_rate=float(rate),
@@ -162,6 +166,7 @@ def derive_policy(recipe: Recipe, update: Update, model: Model, answers: int, lo
     micro = _micro(model, adapter, longest_tokens, spec.microbatch_tokens, settle)
     recompute = _recompute(model, adapter, int(micro), settle)
     return Settings(
+        update=update,
         epochs=float(epochs),
         batch=int(batch),
         learning_rate=float(rate),
@@ -237,16 +242,14 @@ def predict(
     model: Model,
     source: StepSource,
     loss: Loss,
-    update: Update,
-    sizes: Sequence[float],
-    batch: int,
+    settings: Settings,
     reach: Reach = EVERYWHERE,
 ) -> Prediction:
     """Seconds and memory from a dry run. Where the states of frozen blocks are kept, that pass counts once a row.
 
     Raises TrainingError when the predicted peak does not fit, with the micro-batch that would.
     """
-    parameters = trainable(model.hf)
+    parameters, sizes = trainable(model.hf), source.row_tokens()
     heaviest, shapes = look_at(source)
     release_memory()  # what preparing the rows left
     resting = resting_bytes(model)
@@ -255,7 +258,7 @@ def predict(
     fixed, longest = float(resting + weights + states), math.ceil(max(sizes))
     expected = _step_bytes(model, len(heaviest.tokens), model.head_weight.requires_grad)
     _refuse_too_big(float(expected), fixed, heaviest, longest, model.device)
-    examples = source.steps * batch
+    examples = source.steps * settings.batch
     spared = max(examples - reach.rows, 0) * reach.row_tokens / (examples * float(np.mean(sizes)))
     dry = dry_run(model, source, loss, heaviest, shapes, spared)
     moving = _slack(model) * max(dry.peak_bytes - weights, 0)
@@ -265,7 +268,7 @@ def predict(
     return Prediction(
         seconds=source.steps * (dry.step_seconds + optimizer_seconds),
         peak_memory_bytes=float(moving + fixed),
-        flops=flops(model, update, sizes, examples, reach),
+        flops=flops(model, settings.update, sizes, examples, reach),
         remembered=dry.remembered,
     )
 
@@ -291,13 +294,15 @@ def _refuse_too_big(moving: float, fixed: float, heaviest: Batch, longest: int, 
 def flops(model: Model, update: Update, sizes: Sequence[float], examples: float, reach: Reach = EVERYWHERE) -> float:
     """Useful training FLOPs per weight and token: 6 for full tuning, 4 under adapters (frozen weights get no gradient).
 
-    Frozen blocks below all adapters need 2, once a row where their states are kept; the head, its 6 or 4 where scored.
+    Frozen blocks below all adapters need 2, once a row where their states are kept; the head, its 6 or 4 where scored;
+    answers that the model draws, 2.
     """
     tokens = float(np.mean(sizes)) * examples
     below = tokens - max(examples - reach.rows, 0) * reach.row_tokens
     head, lower = model.head_weight.numel(), model.lower_parameters
     upper = (model.product_parameters - head - lower) * tokens + head * tokens * reach.scored
-    return (6 if update == "full" else 4) * upper + 2 * lower * below
+    drawing = 2 * model.product_parameters * tokens * reach.drawn
+    return (6 if update == "full" else 4) * upper + 2 * lower * below + drawing
 
 
 def _lowest(model: Model, upper: float, settle: _Settling) -> int:
