@@ -260,7 +260,9 @@ def _write(job: Job, reference: Reference, vocabulary: Vocabulary, folder: Path)
         str(vocabulary.tokenizer.convert_ids_to_tokens(token))
         for token in {end: None, **dict.fromkeys(vocabulary.eos_ids)}
     ]
-    write_text(folder / "Modelfile", modelfile(target.name, vocabulary.tokenizer, [t for t in turns if t], ends))
+    longest = max(len(row.prompt) for row in reference.rows) + job.how.max_new_tokens
+    told = modelfile(target.name, vocabulary.tokenizer, [t for t in turns if t], ends, longest)
+    write_text(folder / "Modelfile", told)
     return target
 
 
