@@ -283,14 +283,18 @@ def _base_name(base: str) -> str:
 
 
 def _write_merged(job: Job, vocabulary: Vocabulary, folder: Path, dtype: torch.dtype) -> None:
-    """A plain folder: weights, the tokenizer and template that were used, and every token that ends an answer."""
+    """A plain folder: weights, the tokenizer and template that were used, and every token that ends an answer.
+
+    The base makers' temperature and penalties are left out: answers were judged without them.
+    """
     if job.update == "full":
         write_plain(job.folder.model, None, folder, dtype)
     else:
         write_plain(resolve(job.recipe.base), job.folder.handed_over(job.update), folder, dtype)
     vocabulary.tokenizer.save_pretrained(folder)
     generation = folder / "generation_config.json"
-    kept = read_json(generation) if generation.is_file() else {}
+    found = read_json(generation) if generation.is_file() else {}
+    kept = {key: value for key, value in found.items() if key.endswith("_token_id")}
     write_json(generation, {**kept, "eos_token_id": list(vocabulary.eos_ids)})
 
 
