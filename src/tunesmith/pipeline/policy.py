@@ -208,6 +208,7 @@ def _planned(
                 peak_memory_bytes=one.peak_memory_bytes,
                 flops=rollouts * (one.flops + 2 * model.product_parameters * sum(sizes)),
                 remembered=one.remembered,
+                crowded=one.crowded,
             )
             plan["arms"][update] = {"steps": source.steps, "predicted": asdict(whole)}
             plan["derived"] += [asdict(line) for line in settings.derived]
