@@ -38,7 +38,10 @@ _ROLLOUT += ("unended", "unscored", "alike")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Aligning:
-    """A policy about to be trained. `watch`, where given, looks at validation rows besides the panel's look."""
+    """A policy about to be trained. `watch`, where given, looks at validation rows besides the panel's look.
+
+    `drawing(tokens)` are the FLOPs of drawing what so many trained tokens were learned from.
+    """
 
     model: Model
     shape: LoraShape
@@ -48,7 +51,8 @@ class Aligning:
     how: Optimization
     reference: Reference
     prediction: Callable[[], Prediction]
-    sizes: Sequence[float]
+    sizes: Sequence[float] = ()
+    drawing: Callable[[int], float] = lambda tokens: 0.0
     beside: Callable[[], Mapping[str, float]] = dict
     enough: Callable[[], str] = str
     watch: Callable[[], dict[str, float]] = dict
@@ -146,6 +150,7 @@ def _trained(
     )
     outcome = carry_out(undertaking, folder, world, place.screen)
     train = account(folder, update, update, work.model, work.settings, outcome, work.sizes, prediction, world)
+    train["flops"] += work.drawing(outcome.done.tokens)
     curve = [{"step": 0, **_point(on_valid, on_valid, panel)}, *map(dict, outcome.history)]
     curve = [{**point, "chosen": point["step"] == outcome.best["step"]} for point in curve]
     if world.leads:

@@ -101,7 +101,7 @@ def _begin(place: Place, model: Model, prompts: Prompts, panel: Panel) -> Aligni
         beside=lambda: source.statistics,
         enough=lambda: _too_far(source.statistics, recipe),
         prediction=_planned(place, update, model, source, loss, settings),
-        sizes=[prompts.longest_tokens],
+        drawing=lambda tokens: 2 * model.product_parameters * tokens / settings.epochs,
     )
 
 

@@ -196,15 +196,20 @@ def account(
     world: World,
     reach: Reach = EVERYWHERE,
 ) -> dict[str, Any]:
-    """What training took (`train` in results.json); the best weights are put into the model."""
+    """What training took (`train` in results.json); the best weights are put into the model.
+
+    `sizes` are those of the rows; without them, as of answers that are drawn, the tokens that were trained on count.
+    """
     peak = peak_memory_bytes(world.device)
+    examples = outcome.done.step * settings.batch
+    sizes = sizes or [outcome.done.tokens / examples]
     load_weights(model.hf, best_weights(folder, name))
     return {
         "seconds": outcome.done.seconds,
         "tokens": outcome.done.tokens,
         "steps": outcome.done.step,
         "best_step": outcome.best["step"],
-        "flops": flops(model, update, sizes, outcome.done.step * settings.batch, reach),
+        "flops": flops(model, update, sizes, examples, reach),
         "peak_memory_bytes": peak,
         "trainable_parameters": sum(p.numel() for p in trainable(model.hf).values()),
         "learning_rate": settings.learning_rate,
