@@ -73,6 +73,14 @@ def test_adapter_and_merged_pass_and_the_report_says_so(run: Path, to: str, type
     assert record["program"] in page
 
 
+def test_what_a_killed_export_left_half_is_swept(run: Path) -> None:
+    left = run / "exports" / ".merged.1-0123abcd.tmp"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    export(run, Wanted(to="adapter", checked=False, rows=2), QUIET)
+    assert kept(run) == {"adapter", "adapter.json"}
+
+
 def test_a_merged_model_answers_as_it_was_judged_and_not_as_its_makers_would_draw(run: Path, tmp_path: Path) -> None:
     base = rebased(run, tmp_path)
     theirs = {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1, "pad_token_id": 0}

@@ -33,6 +33,7 @@ from ..folder import (
     manifest_problem,
     read_json,
     read_jsonl,
+    sweep,
     write_json,
     write_manifest,
     write_text,
@@ -106,6 +107,7 @@ def export(run_folder: Path, wanted: Wanted, screen: Screen) -> dict[str, Any]:
     out = wanted.out or job.folder.path / "exports" / job.name
     _refuse_foreign(out)
     with locked(job.folder):
+        sweep(job.folder.path / "exports")
         screen.stage("Reference", f"{len(job.answers)} test rows, answered by the run's own model")
         reference, vocabulary = _reference(job)
         record = {"schema": 1, "tunesmith": __version__, "kind": job.kind, "type": job.type, "update": job.update}
