@@ -133,7 +133,7 @@ def open_run(path: Path, recipe_text: str) -> RunFolder:
             raise FolderError("holds files of something else", where=str(path), fix="Choose another `out`.")
         path.mkdir(parents=True, exist_ok=True)
         with locked(folder):
-            _sweep(path)
+            sweep(path)
             if folder.recipe.exists() and not only_begun(folder):
                 _same_recipe(folder, recipe_text)
             else:
@@ -384,7 +384,7 @@ def _is_ours(path: Path) -> bool:
     return path.name == ".lock" or (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Delete what a killed process was writing aside. Only under the lock."""
     for child in folder.glob(".*.tmp"):
         shutil.rmtree(child) if child.is_dir() else child.unlink(missing_ok=True)

@@ -8,16 +8,10 @@ from pathlib import Path
 
 import torch
 
-_ROOT = Path("/sys/fs/cgroup")
-# Limit, use and statistics of a control group, as its second and its first version name them.
-_GROUP = (
-    (_ROOT / "memory.max", _ROOT / "memory.current", _ROOT / "memory.stat"),
-    (
-        _ROOT / "memory" / "memory.limit_in_bytes",
-        _ROOT / "memory" / "memory.usage_in_bytes",
-        _ROOT / "memory" / "memory.stat",
-    ),
-)
+_ROOT, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# Limit, use and statistics of a control group, as its first and its second version name them.
+_FIRST = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+_SECOND = ("memory.max", "memory.current", "memory.stat")
 
 
 def available_bytes(device: torch.device) -> int:
@@ -25,7 +19,7 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for limit, _, _ in _GROUP:
+    for limit, _, _ in _groups():
         limits += numbers_in(limit)
     return min(limits)
 
@@ -35,12 +29,30 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = [1024 * found for found in numbers_in(Path("/proc/meminfo"), "MemAvailable:")]
-    for limit, use, stat in _GROUP:
+    for limit, use, stat in _groups():
         limits, used = numbers_in(limit), numbers_in(use)
         if limits and used:
             cached = sum(numbers_in(stat, "inactive_file"))  # files that the kernel drops when memory is wanted
             free.append(limits[0] - used[0] + cached)
     return min(free, default=available_bytes(device))
+
+
+def _groups() -> list[list[Path]]:
+    """Limit, use and statistics of this process's control groups and of those around them (a job of Slurm or systemd).
+
+    A container sees its own group as the root, and may know it by a name that means something outside only.
+    """
+    lines, found = ["0::/", "0:memory:/"], dict[Path, list[Path]]()
+    with suppress(OSError):
+        lines += _MINE.read_text().splitlines()
+    for _, kinds, name in (line.split(":", 2) for line in lines):
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root, files = (_ROOT / "memory", _FIRST) if kinds else (_ROOT, _SECOND)
+        own = root / name.lstrip("/")
+        inside = [group for group in (own, *own.parents) if group.is_relative_to(root)]
+        found |= {group: [group / file for file in files] for group in inside}
+    return list(found.values())
 
 
 def numbers_in(path: Path, key: str = "") -> list[int]:

@@ -28,7 +28,17 @@ def test_a_template_and_its_default_system_turn_are_told(tiny_tokenizer: Any) ->
     assert told.count("<|im_start|>assistant\n") == 2  # a turn's beginning, and the opening at the end
     assert '{{ end }}{{ end }}<|im_start|>assistant\n"""' in told
     assert 'SYSTEM """You are a tiny assistant."""' in told
-    assert 'PARAMETER stop "<|im_end|>"\nPARAMETER temperature 0\n' in told
+    assert 'PARAMETER stop "<|im_end|>"\n' in told
+
+
+def test_answers_are_greedy_and_may_copy_their_prompt(tiny_tokenizer: Any) -> None:
+    told = modelfile("m.gguf", tiny_tokenizer, [[USER]], [])
+    assert told.endswith("\nPARAMETER temperature 0\nPARAMETER repeat_penalty 1\n")
+
+
+def test_rows_longer_than_the_usual_context_ask_for_a_longer_one(tiny_tokenizer: Any) -> None:
+    assert "num_ctx" not in modelfile("m.gguf", tiny_tokenizer, [[USER]], [], longest=2048)
+    assert "PARAMETER num_ctx 4096\n" in modelfile("m.gguf", tiny_tokenizer, [[USER]], [], longest=2100)
 
 
 def test_the_beginning_of_text_is_left_to_whoever_tokenises(tiny_tokenizer: Any) -> None:

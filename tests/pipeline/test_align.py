@@ -177,6 +177,17 @@ def test_a_policy_run_ends_with_a_judged_model(policy: Callable[..., Raw], metho
     assert run(parse_recipe(policy(method))).path == folder.path
 
 
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_compute_is_counted_of_the_answers_that_were_drawn(policy: Callable[..., Raw], method: str) -> None:
+    raw = policy(method)
+    results = read_json(run(parse_recipe(raw)).results)
+    plan, train = results["plan"]["lora"], results["arms"]["lora"]["train"]
+    assert plan["measured"]["flops"] == train["flops"]
+    asked = {"ppo": 4 + 2 / 4, "grpo": 4 + 2 / 1}[method]  # per weight and trained token
+    weights = train["flops"] / asked / train["tokens"]
+    assert weights == pytest.approx(load(raw["base"], World()).product_parameters)
+
+
 def test_full_tuning_keeps_a_frozen_copy_as_its_reference(policy: Callable[..., Raw]) -> None:
     folder = run(parse_recipe(policy("ppo", update="full")))
     results = read_json(folder.results)

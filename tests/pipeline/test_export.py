@@ -73,6 +73,23 @@ def test_adapter_and_merged_pass_and_the_report_says_so(run: Path, to: str, type
     assert record["program"] in page
 
 
+def test_what_a_killed_export_left_half_is_swept(run: Path) -> None:
+    left = run / "exports" / ".merged.1-0123abcd.tmp"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    export(run, Wanted(to="adapter", checked=False, rows=2), QUIET)
+    assert kept(run) == {"adapter", "adapter.json"}
+
+
+def test_a_merged_model_answers_as_it_was_judged_and_not_as_its_makers_would_draw(run: Path, tmp_path: Path) -> None:
+    base = rebased(run, tmp_path)
+    theirs = {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1, "pad_token_id": 0}
+    write_json(base / "generation_config.json", theirs)
+    export(run, Wanted(to="merged", checked=False, rows=2), QUIET)
+    kept = read_json(run / "exports" / "merged" / "generation_config.json")
+    assert kept == {"pad_token_id": 0, "eos_token_id": [2]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("type_", ["f32", "f16", "q8_0", "q4_k_m"])
 def test_a_gguf_passes_in_llama_cpp(run: Path, type_: str) -> None:

@@ -26,6 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own, worth using however fast the machine is."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
     monkeypatch.setattr(dry_run, "WORTH_KEEPING_SECONDS", 0.0)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     return tmp_path / "dry_runs"
 
 
@@ -87,4 +88,15 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
     fresh_model: Model, tiny_examples: list[Example], cache: Path
 ) -> None:
     cache.write_text("a file where the folder should be", encoding="utf-8")
+    assert not prediction(fresh_model, tiny_examples).remembered
+
+
+def test_what_was_timed_beside_other_programs_says_so_and_is_not_kept(
+    fresh_model: Model, tiny_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (3.0 * (os.cpu_count() or 1), 0.0, 0.0))
+    found = prediction(fresh_model, tiny_examples)
+    assert found.crowded
+    assert "other programs" in found.source
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     assert not prediction(fresh_model, tiny_examples).remembered

@@ -13,8 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import ModelError
-from ..folder import read_json, write_json, write_manifest, written_aside
+from ..folder import MANIFEST, read_json, write_json, write_manifest, written_aside
 from .peft_layout import read_adapter
+from .stored import weight_files
+
+# Beside the weights that transformers reads others may lie. They would stay untuned, and vLLM prefers Mistral's
+# consolidated.safetensors, which it knows by params.json.
+_LEFT_OUT = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "params.json", MANIFEST)
 
 
 def merge_files(base: Path, adapter: Path, out: Path) -> Path:
@@ -26,14 +31,13 @@ def merge_files(base: Path, adapter: Path, out: Path) -> Path:
 
 
 def write_plain(base: Path, adapter: Path | None, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Fill `folder` with the files of `base`, its weights with `adapter` added, all of them stored as `dtype`."""
+    """Fill `folder` with the files of `base` that transformers reads, its weights plus `adapter` stored as `dtype`."""
     low_rank = read_adapter(adapter) if adapter else None
     left = set(low_rank.pairs) if low_rank else set()
     for path in sorted(base.iterdir()):
-        if path.suffix != ".safetensors":
-            if path.is_file() and path.name != "manifest.json":
-                shutil.copyfile(path, folder / path.name)
-            continue
+        if path.is_file() and not any(map(path.match, _LEFT_OUT)):
+            shutil.copyfile(path, folder / path.name)
+    for path in weight_files(base):
         tensors = load_file(path)
         for name in tensors:
             layer = name.removesuffix(".weight")

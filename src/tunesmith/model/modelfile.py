@@ -5,6 +5,7 @@ The words come from how the template renders marked turns, and are used only if 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 _SYSTEM, _USER, _ANSWER, _AGAIN = "<<first>>", "<<second>>", "<<third>>", "<<fourth>>"
+# As answers were judged. Ollama's own temperature is 0.8, and its penalty of 1.1 keeps answers from copying prompts.
+_GREEDY = ("PARAMETER temperature 0", "PARAMETER repeat_penalty 1")
+USUAL_CONTEXT = 2048  # of older Ollamas; beyond it they drop the beginning of a prompt without a word
 
 Turns = Sequence[Mapping[str, Any]]
 
@@ -33,8 +37,13 @@ class Wording:
         return "".join(before + content + after for before, after, content in parts) + self.opening
 
 
-def modelfile(weights: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Turns], ends: Sequence[str]) -> str:
-    """The file's text. Without a TEMPLATE, and saying so, where the chat template cannot be told in Ollama's words."""
+def modelfile(
+    weights: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Turns], ends: Sequence[str], longest: int = 0
+) -> str:
+    """The file's text; `longest` are the tokens of the longest row, its answer included.
+
+    Without a TEMPLATE, and saying so, where the chat template cannot be told in Ollama's words.
+    """
     lines = [f"FROM ./{weights}"]
     wording = _wording(tokenizer)
     if wording and _fits(wording, tokenizer, prompts):
@@ -46,7 +55,9 @@ def modelfile(weights: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequenc
         )
         lines.append("# itself, prompts will differ from those that were judged: look at `ollama show --modelfile`.")
     lines += [f'PARAMETER stop "{end}"' for end in ends]
-    return "\n".join([*lines, "PARAMETER temperature 0", ""])
+    if longest > USUAL_CONTEXT:
+        lines.append(f"PARAMETER num_ctx {2 ** math.ceil(math.log2(longest))}")
+    return "\n".join([*lines, *_GREEDY, ""])
 
 
 def _wording(tokenizer: PreTrainedTokenizerBase) -> Wording | None:

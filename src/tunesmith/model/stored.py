@@ -49,10 +49,15 @@ def kept_as(folder: Path, wanted: Weights, world: World) -> Derived:
     )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads weights from; others beside them are for other programs."""
+    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+
+
 def _in_files(folder: Path) -> tuple[int, str]:
     """How many numbers there are, and their type: float32 unless all are stored in the same shorter one."""
     numbers, types = 0, set()
-    for path in sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 found = file.get_slice(name)

@@ -33,6 +33,7 @@ from ..folder import (
     manifest_problem,
     read_json,
     read_jsonl,
+    sweep,
     write_json,
     write_manifest,
     write_text,
@@ -106,6 +107,7 @@ def export(run_folder: Path, wanted: Wanted, screen: Screen) -> dict[str, Any]:
     out = wanted.out or job.folder.path / "exports" / job.name
     _refuse_foreign(out)
     with locked(job.folder):
+        sweep(job.folder.path / "exports")
         screen.stage("Reference", f"{len(job.answers)} test rows, answered by the run's own model")
         reference, vocabulary = _reference(job)
         record = {"schema": 1, "tunesmith": __version__, "kind": job.kind, "type": job.type, "update": job.update}
@@ -260,7 +262,9 @@ def _write(job: Job, reference: Reference, vocabulary: Vocabulary, folder: Path)
         str(vocabulary.tokenizer.convert_ids_to_tokens(token))
         for token in {end: None, **dict.fromkeys(vocabulary.eos_ids)}
     ]
-    write_text(folder / "Modelfile", modelfile(target.name, vocabulary.tokenizer, [t for t in turns if t], ends))
+    longest = max(len(row.prompt) for row in reference.rows) + job.how.max_new_tokens
+    told = modelfile(target.name, vocabulary.tokenizer, [t for t in turns if t], ends, longest)
+    write_text(folder / "Modelfile", told)
     return target
 
 
@@ -281,14 +285,18 @@ def _base_name(base: str) -> str:
 
 
 def _write_merged(job: Job, vocabulary: Vocabulary, folder: Path, dtype: torch.dtype) -> None:
-    """A plain folder: weights, the tokenizer and template that were used, and every token that ends an answer."""
+    """A plain folder: weights, the tokenizer and template that were used, and every token that ends an answer.
+
+    The base makers' temperature and penalties are left out: answers were judged without them.
+    """
     if job.update == "full":
         write_plain(job.folder.model, None, folder, dtype)
     else:
         write_plain(resolve(job.recipe.base), job.folder.handed_over(job.update), folder, dtype)
     vocabulary.tokenizer.save_pretrained(folder)
     generation = folder / "generation_config.json"
-    kept = read_json(generation) if generation.is_file() else {}
+    found = read_json(generation) if generation.is_file() else {}
+    kept = {key: value for key, value in found.items() if key.endswith("_token_id")}
     write_json(generation, {**kept, "eos_token_id": list(vocabulary.eos_ids)})
 
 

@@ -78,7 +78,7 @@ def carry_out(work: Undertaking, folder: RunFolder, world: World, screen: Screen
             )
             reason = work.enough()
             if done.step in looks or reason:
-                line = {"step": done.step, **work.watch(done.step)}
+                line = {"step": done.step, **_seen_by_the_first(work.watch(done.step), world)}
                 history.append(line)
                 _keep_if_best(folder, work, history, world)
                 screen.line(f"step {done.step}: {work.describe(line)}")
@@ -97,6 +97,11 @@ def carry_out(work: Undertaking, folder: RunFolder, world: World, screen: Screen
 def best_weights(folder: RunFolder, name: str) -> Path:
     """The trained parameters at the best look."""
     return folder.checkpoints / name / "best.safetensors"
+
+
+def _seen_by_the_first(look: Mapping[str, float], world: World) -> dict[str, float]:
+    """The first rank's look, for all: ranks that saw otherwise, by a judge that draws, would stop at other steps."""
+    return dict(zip(look, world.sum([value if world.leads else 0.0 for value in look.values()]), strict=True))
 
 
 def _keep_if_best(folder: RunFolder, work: Undertaking, history: list[dict[str, float]], world: World) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,22 @@ from .checkpoint import trainable
 from .meter import machine, memory_bytes, own_bytes, peak_memory_bytes, reset_peak_memory
 
 TIMED_STEPS, SEARCHED_STEPS = 4, 64
+CROWDED = 1.5  # processes that want to run, for each processor
 ENOUGH_SECONDS = 3.0  # after which no further micro-batch is timed
 WORTH_KEEPING_SECONDS, KEPT_SECONDS = 2.0, 7 * 86_400  # a machine is not as busy for ever as it was then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DryRun:
-    """What passes took: seconds a step without the optimizer, and bytes at the peak beyond those before."""
+    """What passes took: seconds a step without the optimizer, and bytes at the peak beyond those before.
+
+    `crowded`: while they were timed, other programs wanted the processor too.
+    """
 
     step_seconds: float
     peak_bytes: float
     remembered: bool = False
+    crowded: bool = False
 
 
 def look_at(source: StepSource) -> tuple[Batch, list[Any]]:
@@ -73,6 +79,10 @@ def dry_run(
             return DryRun(**read_json(place), remembered=True)
     began = time.monotonic()
     found = _timed(model, source, loss, heaviest, spared)
+    if os.getloadavg()[0] > CROWDED * (
+        os.cpu_count() or 1
+    ):  # threads wait for each other: it may take ten times as long
+        return replace(found, crowded=True)
     if time.monotonic() - began > WORTH_KEEPING_SECONDS:
         with suppress(FolderError):
             write_json(place, {"step_seconds": found.step_seconds, "peak_bytes": found.peak_bytes})

@@ -54,16 +54,19 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a training run should take. `remembered`: as an equal one was timed before."""
+    """What a training run should take. `remembered`: as an equal one was timed before. `crowded`: see DryRun."""
 
     seconds: float
     peak_memory_bytes: float
     flops: float
     remembered: bool = False
+    crowded: bool = False
 
     @property
     def source(self) -> str:
-        """What a sentence about it ends with, where the numbers are not of now."""
+        """What a sentence about it ends with, where the numbers are not of now, or not of this program alone."""
+        if self.crowded:
+            return ", timed while other programs ran: less without them"
         return ", as timed before" if self.remembered else ""
 
 
@@ -270,6 +273,7 @@ def predict(
         peak_memory_bytes=float(moving + fixed),
         flops=flops(model, settings.update, sizes, examples, reach),
         remembered=dry.remembered,
+        crowded=dry.crowded,
     )
 
 

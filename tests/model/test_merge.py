@@ -1,0 +1,34 @@
+"""Adapter and base as one folder: the weights that transformers reads, and none that would pass for them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tunesmith.model.adapters import load_adapter
+from tunesmith.model.load import load
+from tunesmith.model.lora import merge_lora
+from tunesmith.model.merge import merge_files
+from tunesmith.world import World
+
+
+def test_weights_of_the_base_for_other_programs_are_left_out(
+    tiny_model_folder: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_model_folder, tmp_path / "base")
+    shutil.copyfile(base / "model.safetensors", base / "consolidated.safetensors")
+    for name in ("params.json", "consolidated.00.pth", "pytorch_model.bin", "model-q8_0.gguf", "LICENSE"):
+        (base / name).write_text("{}")
+    adapter = finished_run.with_name("run") / "adapter"
+    merged = merge_files(base, adapter, tmp_path / "merged")
+    others = {path.name for path in tiny_model_folder.iterdir() if path.name != "manifest.json"}
+    assert {path.name for path in merged.iterdir()} == {*others, "LICENSE", "manifest.json"}
+    model = load(str(base), World())
+    load_adapter(model, adapter)
+    merge_lora(model.hf)
+    weights = load_file(merged / "model.safetensors")
+    for name, parameter in model.hf.named_parameters():
+        torch.testing.assert_close(weights[name], parameter.detach())
