@@ -66,6 +66,28 @@ def test_the_same_row_has_the_same_id_in_every_format(tmp_path: Path) -> None:
     assert len({found[0].id for found in rows}) == 1
 
 
+def test_calls_in_parquet_keep_their_own_arguments_and_no_other_calls(tmp_path: Path) -> None:
+    calls = [{"name": "weather", "arguments": {"city": "Paris"}}, {"name": "stock", "arguments": {"ticker": "X"}}]
+    rows = [
+        {"messages": [TURNS[1], {"role": "assistant", "tool_calls": [{"function": call}]}], "system": None}
+        for call in calls
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = [row for row in rows_of(str(tmp_path / "a.parquet")) if isinstance(row, Conversation)]
+    assert [row.messages[-1].tool_calls for row in found] == [({"function": call},) for call in calls]
+    empty = pa.table({"prompt": ["q"], "completion": pa.array([None], pa.string())})
+    pq.write_table(empty, tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"'completion' is empty \(null\)"):
+        rows_of(str(tmp_path / "b.parquet"))
+
+
+def test_text_that_parquet_holds_as_bytes_is_read_as_text(tmp_path: Path) -> None:
+    table = {"prompt": ["où?".encode()], "completion": [b"here"], "image": [b"\x89PNG"], "key": [b"\0"]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    row = conversation(str(tmp_path / "a.parquet"))
+    assert (row.prompt[0].content, row.completion) == ("où?", "here")
+
+
 def test_an_id_does_not_change_between_machines_and_versions(tmp_path: Path) -> None:
     assert conversation(write(tmp_path / "a.jsonl", PAIR)).id == "4b3e00dc207c9fec"
 
