@@ -45,6 +45,8 @@ TEXT_METRICS = (*BINARY_TEXT_METRICS, "token_f1", "rouge_l", "bleu", "chrf", "pl
 WHOLE_ANSWER_METRICS = frozenset(
     {"exact_match", "normalised_match", "token_f1", "rouge_l", "bleu", "chrf", "placeholder_f1"}
 )
+# Metrics that compare what they read in the reference, a number, JSON or calls, and cannot grade where there is none.
+READING_METRICS = frozenset({"numeric_match", "json_match", "call_match", "call_name_match"})
 MODEL_METRICS = frozenset({"completion_loss", "choice_accuracy"})
 LOWER_IS_BETTER = frozenset({"completion_loss", "general_loss", "kl", "kl_from_base"})
 REGEX_LIMIT_SECONDS = 1.0
