@@ -129,6 +129,13 @@ def test_check_shows_the_ledger_and_the_trained_tokens(shell: Shell, tiny_recipe
     assert not (shell.home / "runs").exists()
 
 
+def test_check_names_the_columns_that_are_not_read(shell: Shell, tiny_recipe: Make, tiny_rows: Path) -> None:
+    rows = [{**json.loads(line), "context": "of a word"} for line in tiny_rows.read_text().splitlines()]
+    path = shell.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    done = shell("check", shell.write("job.yaml", tiny_recipe({"data.train": str(path)})), "--rows", "1")
+    assert "columns that the model is not shown: 'context'" in " ".join(done.out.split())
+
+
 def test_check_colours_what_is_trained(shell: Shell, tiny_recipe: Make) -> None:
     shell.monkeypatch.setenv("FORCE_COLOR", "1")
     done = shell("check", shell.write("job.yaml", tiny_recipe()), "--rows", "1")

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.layout import is_prompt_only
-from tunesmith.data.read import items, read, read_choices
+from tunesmith.data.read import items, read, read_choices, unread
 from tunesmith.errors import DataError, RecipeError, TunesmithError
 from tunesmith.recipe import DataSpec
 from tunesmith.types import Comparison, Conversation, Row
@@ -205,6 +205,15 @@ def test_columns_can_be_named_in_the_recipe(tmp_path: Path) -> None:
         rows_of(source, columns={"prompt": "tickets", "completion": "reply"})
     with pytest.raises(RecipeError, match="Did you mean 'prompt'"):
         rows_of(source, columns={"promt": "ticket"})
+
+
+def test_columns_that_make_no_turn_are_named(tmp_path: Path) -> None:
+    asked = {"system_prompt": "Be Ann.", "question": "q", "answer": "a"}
+    source = write(tmp_path / "a.jsonl", PAIR, {**PAIR, "context": "Paris"})
+    assert "not shown: 'system_prompt' (" in unread(rows_of(write(tmp_path / "b.jsonl", asked)))
+    assert "not shown: 'context' (" in unread(rows_of(source))
+    assert unread(rows_of(str(tmp_path / "b.jsonl"), columns={"system": "system_prompt"})) == ""
+    assert unread(rows_of(write(tmp_path / "c.jsonl", {"prompt": "q"}))) == ""
 
 
 def test_the_row_limit_holds_for_train_only(tmp_path: Path) -> None:

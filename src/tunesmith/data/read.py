@@ -18,9 +18,11 @@ from ..recipe import DataSpec
 from ..types import Conversation, Item, Message, Row
 from . import tasks
 from .files import records
-from .layout import content_id, find_columns, to_messages, to_row
+from .layout import PROMPT_ONLY, content_id, find_columns, to_messages, to_row
 
 BUILTIN = "builtin:"
+_FIRST_ROWS = 100
+_MOST_NAMED = 12
 _QUESTION = ("prompt", "question", "query")
 
 
@@ -44,6 +46,16 @@ def items(rows: Sequence[Conversation]) -> list[Item]:
     return [
         Item(prompt=row.prompt, reference=_reference(row), id=row.id, tools=row.tools, extra=row.extra) for row in rows
     ]
+
+
+def unread(rows: Sequence[Row]) -> str:
+    """What to say of columns that no turn is made of; empty where the first rows have none."""
+    names = sorted({name for row in rows[:_FIRST_ROWS] for name in row.extra} - {PROMPT_ONLY})
+    if not names:
+        return ""
+    more = ", ..." if len(names) > _MOST_NAMED else ""
+    shown = ", ".join(map(repr, names[:_MOST_NAMED]))
+    return f"columns that the model is not shown: {shown}{more} (data.columns says which column is what)"
 
 
 def read_choices(source: str) -> list[Item]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..data.counts import counts
 from ..data.curate import SPLITS, Census
-from ..data.read import items
+from ..data.read import items, unread
 from ..data.similar import MANY_ROWS, MOST_COMPARED
 from ..data.store import View, join
 from ..errors import DataError
@@ -184,6 +184,8 @@ def _show(prepared: Prepared, screen: Screen) -> None:
         flags = ", ".join(f"{n} {reason}" for reason, n in count.flagged.items()) or "none"
         rows.append([name, str(count.read), str(count.kept), left_out, flags])
     screen.table(["split", "read", "kept", "left out", "flagged"], rows)
+    if columns := unread(prepared.rows):
+        screen.line(columns)
     counted = counts(prepared.train)
     tokens, trained = counted.tokens, int(counted.trained.sum())
     asks = any(item.prompt for item in join(prepared.valid_items, prepared.test_items))
