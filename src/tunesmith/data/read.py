@@ -39,13 +39,18 @@ def read(source: str, spec: DataSpec) -> Iterator[Row]:
 
 
 def items(rows: Sequence[Conversation]) -> list[Item]:
-    """Held-out questions: the prompt is all before the last assistant turn, the reference is that turn.
-
-    A turn that only calls tools has its calls, as a JSON list, for reference.
-    """
+    """Held-out questions: the prompt is all before the last assistant turn, the reference is that turn."""
     return [
-        Item(prompt=row.prompt, reference=_reference(row), id=row.id, tools=row.tools, extra=row.extra) for row in rows
+        Item(prompt=row.prompt, reference=reference(row), id=row.id, tools=row.tools, extra=row.extra) for row in rows
     ]
+
+
+def reference(row: Conversation) -> str:
+    """The last answer; of one that only calls tools its calls, as a JSON list."""
+    calls = row.messages[-1].tool_calls if row.messages else ()
+    if row.completion or not calls:
+        return row.completion
+    return json.dumps([dict(call) for call in calls], ensure_ascii=False)
 
 
 def unread(rows: Sequence[Row]) -> str:
@@ -77,13 +82,6 @@ def _rows(source: str, spec: DataSpec) -> Iterator[Row]:
         yield to_row(fields, columns, where)
     if columns is None:
         raise DataError("the file has no rows", where=source, fix="Give a file with at least one row.")
-
-
-def _reference(row: Conversation) -> str:
-    calls = row.messages[-1].tool_calls if row.messages else ()
-    if row.completion or not calls:
-        return row.completion
-    return json.dumps([dict(call) for call in calls], ensure_ascii=False)
 
 
 def _choice(fields: dict[str, object], where: str) -> Item:
