@@ -346,6 +346,12 @@ def test_the_users_own_function_gets_answer_and_item(tmp_path: Path) -> None:
     assert own(tmp_path, "import numpy\ndef score(answer, item): return numpy.float32(0.5)") == 0.5
 
 
+def test_a_second_parameter_that_could_be_either_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="own.py:score: the second parameter is called 'gold'.*\n.*reference.*item"):
+        own(tmp_path, "def score(answer, gold): return answer == gold")
+    assert own(tmp_path, "def score(answer, _): return 1") == own(tmp_path, "def score(*both): return 1") == 1.0
+
+
 @pytest.mark.parametrize("result", ["None", "'0.5'", "float('nan')", "float('inf')", "[1.0]", "1j"])
 def test_an_own_function_must_return_a_finite_number(tmp_path: Path, result: str) -> None:
     with pytest.raises(RecipeError, match="own.py:score, item row7: the function returned"):
