@@ -139,6 +139,15 @@ def test_numeric_match_reads_the_last_number(answer: str, reference: str, same: 
     assert metrics.numeric_match(answer, reference) == float(same)
 
 
+@pytest.mark.parametrize(
+    "reference", ["3,5", "1/2", "2024-05-01", "10:30", "1.234,56", "1.234.567", "[1,2]", r"\frac{1}{2}"]
+)
+def test_a_reference_of_which_numeric_match_would_read_a_part_is_refused(reference: str) -> None:
+    with pytest.raises(DataError, match="joins several numbers"):
+        metrics.numeric_match("5", reference)
+    assert metrics.numeric_match("5", f"{reference} and so 5.") == 1.0
+
+
 @given(st.integers(-(10**12), 10**12))
 def test_numeric_match_accepts_any_integer_with_thousands_separators(number: int) -> None:
     assert metrics.numeric_match(f"The total is {number:,}.", str(number)) == 1.0
