@@ -284,9 +284,12 @@ def test_a_defect_is_an_error_that_names_its_line(
     assert says in error.what
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="no such file"):
         rows_of(str(tmp_path / "none.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"Looked for {tmp_path}/none.jsonl"):
+        rows_of("none.jsonl")
     with pytest.raises(DataError, match="is a folder"):
         rows_of(str(tmp_path))
 

@@ -38,7 +38,9 @@ def records(source: str) -> Iterator[Record]:
         yield from _hub(source)
     else:
         what = "is a folder" if path.is_dir() else "no such file"
-        raise DataError(what, where=source, fix="Give a .jsonl .json .csv .parquet file, a hub id, or builtin:NAME.")
+        looked = "" if path.is_absolute() else f"Looked for {path.absolute()}, from where the command was called. "
+        fix = f"{looked}Give a .jsonl .json .csv .parquet file, a hub id, or builtin:NAME."
+        raise DataError(what, where=source, fix=fix)
 
 
 def _file(path: Path, source: str) -> Iterator[Record]:
