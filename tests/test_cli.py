@@ -129,6 +129,13 @@ def test_check_shows_the_ledger_and_the_trained_tokens(shell: Shell, tiny_recipe
     assert not (shell.home / "runs").exists()
 
 
+def test_check_names_the_columns_that_are_not_read(shell: Shell, tiny_recipe: Make, tiny_rows: Path) -> None:
+    rows = [{**json.loads(line), "context": "of a word"} for line in tiny_rows.read_text().splitlines()]
+    path = shell.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    done = shell("check", shell.write("job.yaml", tiny_recipe({"data.train": str(path)})), "--rows", "1")
+    assert "columns that the model is not shown: 'context'" in " ".join(done.out.split())
+
+
 def test_check_colours_what_is_trained(shell: Shell, tiny_recipe: Make) -> None:
     shell.monkeypatch.setenv("FORCE_COLOR", "1")
     done = shell("check", shell.write("job.yaml", tiny_recipe()), "--rows", "1")
@@ -330,6 +337,7 @@ def test_a_recipe_that_is_not_utf_8_names_its_line(shell: Shell) -> None:
         ({"task.metric": "choice_accuracy"}, ["rows.jsonl:", "there are no choices"]),
         ({"task.metric": "choice_accuracy", "task.choices": ["A", "B"]}, ["is none of task.choices"]),
         ({"task.metric": "own.py:f"}, ["own.py:f: no such file"]),
+        ({"task.choices": [True, False]}, ["task.choices = True", "Put it in quotes"]),
     ],
     ids=str,
 )
@@ -338,6 +346,12 @@ def test_a_wrong_recipe_is_explained(
 ) -> None:
     refused(shell("run", shell.write("job.yaml", tiny_recipe(changes))), *said)
     assert not (shell.home / "runs").exists()
+
+
+def test_a_tilde_is_the_home_folder(shell: Shell) -> None:
+    shell.monkeypatch.setenv("HOME", "/home/ann")
+    read = recipe.load_recipe(shell.write("job.yaml", "data: {train: ~/a.csv, valid: ~/b.csv}\nout: ~/runs/a\n"))
+    assert (read.data.train, read.data.valid, read.out) == ("/home/ann/a.csv", "/home/ann/b.csv", "/home/ann/runs/a")
 
 
 @pytest.mark.parametrize("override", ["epochs", "=3", "data.train.x=1", "train.epochs=[", "out=2020-99-99"])

@@ -7,12 +7,14 @@ what `train/plan.py` derives is printed with its reason and saved in `plan.json`
 from __future__ import annotations
 
 import difflib
+import os
 import re
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import RecipeError
 
@@ -23,6 +25,8 @@ Method = Literal["sft", "reward", "dpo", "ppo", "grpo"]
 Update = Literal["lora", "full", "economy"]
 Weights = Literal["auto", "float32", "stored"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+# A path, where `~` is the user's home as it is in a shell, or another name.
+PathName = Annotated[str, AfterValidator(os.path.expanduser)]
 Price = Annotated[float, Field(ge=0.0)]
 
 
@@ -35,11 +39,11 @@ class Spec(BaseModel):
 class DataSpec(Spec):
     """Where rows come from and which of them are kept."""
 
-    train: str = Field(
+    train: PathName = Field(
         min_length=1, description="a file (.jsonl .json .csv .parquet, also .gz), a hub id, or builtin:NAME"
     )
-    valid: Fraction | str = Field(default=0.1, description="a fraction of train, or a file")
-    test: Fraction | str = Field(default=0.1, description="a fraction of train, or a file")
+    valid: Fraction | PathName = Field(default=0.1, description="a fraction of train, or a file")
+    test: Fraction | PathName = Field(default=0.1, description="a fraction of train, or a file")
     layout: Layout = Field(default="auto", description="how columns form a row; found from their names unless given")
     columns: dict[str, str] = Field(default_factory=dict, description="our name: your column, e.g. prompt: question")
     rows: int | None = Field(default=None, gt=0, description="read at most this many rows of train")
@@ -64,7 +68,7 @@ class DataSpec(Spec):
 class TeacherSpec(Spec):
     """Who answers the inputs of `tunesmith distill` (docs/distill.md); a single name is short for `by`."""
 
-    by: str = Field(default="", description="a base or finished run, or an OpenAI-compatible URL ending in /v1")
+    by: PathName = Field(default="", description="a base or finished run, or an OpenAI-compatible URL ending in /v1")
     model: str = Field(default="", description="the teacher's name at that URL")
     shots: str | None = Field(default=None, description="a file of examples for the teacher to see, beside the recipe")
     agreement: int = Field(default=1, ge=1, le=32, description="answers drawn per input, kept where all agree")
@@ -165,8 +169,8 @@ class PreferenceSpec(Spec):
 class RewardSpec(Spec):
     """What scores the policy's answers in ppo and grpo; a single name is short for `by`."""
 
-    by: str = Field(default="", description="the run folder of a reward model, or file.py:function")
-    judge: str = Field(
+    by: PathName = Field(default="", description="the run folder of a reward model, or file.py:function")
+    judge: PathName = Field(
         default="", description="a reward run that judges and never trains; the second half of `by` unless given"
     )
     missing_end: float = Field(default=-1.0, description="score of an answer that never ended or could not be scored")
@@ -200,7 +204,7 @@ class EvaluateSpec(Spec):
     seed: int = 0
     batch: int = Field(default=64, gt=0, description="answers generated at once")
     forgetting: bool = Field(default=True, description="measure general ability before and after")
-    retention: str | None = Field(
+    retention: PathName | None = Field(
         default=None, description="a multiple-choice file (prompt, choices, answer) for forgetting"
     )
     forgetting_limit: float = Field(
@@ -216,7 +220,7 @@ class EvaluateSpec(Spec):
 class Recipe(Spec):
     """One run: base model, data, task, method."""
 
-    base: str = Field(
+    base: PathName = Field(
         default="smollm2-135m-instruct",
         min_length=1,
         description="a built-in name, a hub id, a folder, or a .gguf file",
@@ -233,7 +237,7 @@ class Recipe(Spec):
     reward: RewardSpec = RewardSpec()
     policy: PolicySpec = PolicySpec()
     evaluate: EvaluateSpec = EvaluateSpec()
-    out: str | None = Field(default=None, description="run folder; runs/<recipe name> unless given")
+    out: PathName | None = Field(default=None, description="run folder; runs/<recipe name> unless given")
 
     @property
     def weights(self) -> Weights:
@@ -373,6 +377,7 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
         what = f"{key} = {problem['input']!r}: here stand keys, not a value"
         return RecipeError(what, where=where, fix=f"Write its keys on indented lines below {key}:, or leave it out.")
     reason = problem["msg"].removeprefix("Value error, ")
-    return RecipeError(
-        f"{key} = {problem['input']!r}: {reason}", where=where, fix=f"Change {key}; see `tunesmith schema`."
-    )
+    fix = f"Change {key}; see `tunesmith schema`."
+    if problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float | date):
+        fix = "Put it in quotes: without them YAML reads yes and no as true and false, and numbers and dates as such."
+    return RecipeError(f"{key} = {problem['input']!r}: {reason}", where=where, fix=fix)

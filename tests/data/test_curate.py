@@ -13,6 +13,7 @@ from tunesmith.data.curate import (
     CONFLICT,
     DISAGREEMENT,
     EMPTY_COMPLETION,
+    EMPTY_EARLIER,
     EMPTY_PROMPT,
     EQUAL_SIDES,
     EXACT_DUPLICATE,
@@ -220,6 +221,13 @@ def test_a_row_that_only_asks_is_kept_with_its_empty_answer() -> None:
     row = Conversation(messages=turns, id=conversation_id(turns), source="train.jsonl:1", extra=extra)
     kept, ledger = curate(only_train(row), SPEC)
     assert (kept.train, ledger) == ((row,), [])
+
+
+def test_a_conversation_that_would_train_an_empty_answer_on_the_way_is_dropped() -> None:
+    turns = tuple(Message(role=role, content=text) for role, text in zip(ROLES, ("q", " ", "r", "a"), strict=True))
+    row = Conversation(messages=turns, id="1", source="train.jsonl:1")
+    kept, ledger = curate(Splits(train=(row, *splits([("b", "2")]).train), valid=(), test=()), SPEC)
+    assert (len(kept.train), told(ledger)) == (1, [("train.jsonl:1", "dropped", EMPTY_EARLIER, "")])
 
 
 def test_an_answer_that_only_calls_tools_is_not_empty() -> None:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.layout import is_prompt_only
-from tunesmith.data.read import items, read, read_choices
+from tunesmith.data.read import items, read, read_choices, unread
 from tunesmith.errors import DataError, RecipeError, TunesmithError
 from tunesmith.recipe import DataSpec
 from tunesmith.types import Comparison, Conversation, Row
@@ -64,6 +64,28 @@ def test_the_same_row_has_the_same_id_in_every_format(tmp_path: Path) -> None:
     rows = [rows_of(source) for source in sources]
     assert {len(found) for found in rows} == {1}
     assert len({found[0].id for found in rows}) == 1
+
+
+def test_calls_in_parquet_keep_their_own_arguments_and_no_other_calls(tmp_path: Path) -> None:
+    calls = [{"name": "weather", "arguments": {"city": "Paris"}}, {"name": "stock", "arguments": {"ticker": "X"}}]
+    rows = [
+        {"messages": [TURNS[1], {"role": "assistant", "tool_calls": [{"function": call}]}], "system": None}
+        for call in calls
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = [row for row in rows_of(str(tmp_path / "a.parquet")) if isinstance(row, Conversation)]
+    assert [row.messages[-1].tool_calls for row in found] == [({"function": call},) for call in calls]
+    empty = pa.table({"prompt": ["q"], "completion": pa.array([None], pa.string())})
+    pq.write_table(empty, tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"'completion' is empty \(null\)"):
+        rows_of(str(tmp_path / "b.parquet"))
+
+
+def test_text_that_parquet_holds_as_bytes_is_read_as_text(tmp_path: Path) -> None:
+    table = {"prompt": ["où?".encode()], "completion": [b"here"], "image": [b"\x89PNG"], "key": [b"\0"]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    row = conversation(str(tmp_path / "a.parquet"))
+    assert (row.prompt[0].content, row.completion) == ("où?", "here")
 
 
 def test_an_id_does_not_change_between_machines_and_versions(tmp_path: Path) -> None:
@@ -185,6 +207,15 @@ def test_columns_can_be_named_in_the_recipe(tmp_path: Path) -> None:
         rows_of(source, columns={"promt": "ticket"})
 
 
+def test_columns_that_make_no_turn_are_named(tmp_path: Path) -> None:
+    asked = {"system_prompt": "Be Ann.", "question": "q", "answer": "a"}
+    source = write(tmp_path / "a.jsonl", PAIR, {**PAIR, "context": "Paris"})
+    assert "not shown: 'system_prompt' (" in unread(rows_of(write(tmp_path / "b.jsonl", asked)))
+    assert "not shown: 'context' (" in unread(rows_of(source))
+    assert unread(rows_of(str(tmp_path / "b.jsonl"), columns={"system": "system_prompt"})) == ""
+    assert unread(rows_of(write(tmp_path / "c.jsonl", {"prompt": "q"}))) == ""
+
+
 def test_the_row_limit_holds_for_train_only(tmp_path: Path) -> None:
     train = write(tmp_path / "train.jsonl", *[{**PAIR, "n": n} for n in range(5)])
     spec = DataSpec(train=train, rows=2, valid=0.1, test=0.1)
@@ -253,9 +284,12 @@ def test_a_defect_is_an_error_that_names_its_line(
     assert says in error.what
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="no such file"):
         rows_of(str(tmp_path / "none.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"Looked for {tmp_path}/none.jsonl"):
+        rows_of("none.jsonl")
     with pytest.raises(DataError, match="is a folder"):
         rows_of(str(tmp_path))
 

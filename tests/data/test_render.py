@@ -82,6 +82,13 @@ def test_the_trained_ids_are_the_answer_and_its_end_of_turn(tiny_tokenizer: PreT
     )
 
 
+def test_a_greeting_before_any_question_is_context(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    greeted = row(("assistant", "Hello!"), ("user", "q"), ("assistant", "a"))
+    (example,) = render(greeted, tiny_tokenizer, [2])
+    assert answers(example) == [(prompt_tokens(greeted.prompt, tiny_tokenizer), [*ids(tiny_tokenizer, "a"), 2])]
+    assert "Hello!" in tiny_tokenizer.decode(example.tokens.tolist())
+
+
 def test_pad_is_not_the_end_of_turn_and_is_never_trained(
     tiny_tokenizer: PreTrainedTokenizerFast, tiny_examples: list[Example]
 ) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tunesmith.data import similar
 from tunesmith.data.layout import comparison_id, plain_row
-from tunesmith.data.similar import _boilerplate, _sharing, jaccard, near_pairs
+from tunesmith.data.similar import _boilerplate, _sharing, folded, jaccard, near_pairs
 from tunesmith.data.split import Splits, clusters, split
 from tunesmith.data.tasks import legal_citations
 from tunesmith.errors import DataError, RecipeError
@@ -137,6 +137,13 @@ def test_prompts_that_differ_in_case_and_punctuation_stay_together() -> None:
     rows = [row(text, text) for n in range(60) for text in (f"question number {n}", f"Question  NUMBER {n}!")]
     of_row = place(split(rows, SPEC))
     assert all(of_row[one.id] == of_row[other.id] for one, other in zip(rows[::2], rows[1::2], strict=True))
+
+
+@pytest.mark.parametrize("other", ["订单在哪里", "订单在哪里?", "订单在哪里？\u200b", "「订单」在哪里。"])
+def test_punctuation_of_any_script_is_left_out(other: str) -> None:
+    assert folded("订单在哪里？") == folded(other)
+    assert folded("¿Dónde está?") == folded("Do\u0301nde esta\u0301")
+    assert len({folded(text) for text in ("x²", "x2", "x > y", "x < y", "x", "-x")}) == 6
 
 
 def test_a_conversation_logged_turn_by_turn_stays_in_one_split() -> None:

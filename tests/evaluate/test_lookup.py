@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections import Counter
 
@@ -87,6 +88,15 @@ def test_of_long_prompts_the_end_is_compared() -> None:
 def test_majority_repeats_the_commonest_completion_and_the_first_of_ties() -> None:
     train = [row("a", "x"), row("b", "y"), row("c", "y"), row("d", "x")]
     assert majority(train, [item("q"), item("r")]) == ["x", "x"]
+
+
+def test_of_an_answer_that_only_calls_tools_its_calls_are_copied() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    turns = (Message(role="user", content="a"), Message(role="assistant", content="", tool_calls=(call,)))
+    train = [Conversation(messages=turns, id="a", source="train.jsonl:1")]
+    for baseline in (nearest_neighbour, majority):
+        (answer,) = baseline(train, [item("a")])
+        assert json.loads(answer) == [call]
 
 
 def test_no_items_need_no_answers() -> None:

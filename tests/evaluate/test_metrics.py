@@ -139,6 +139,15 @@ def test_numeric_match_reads_the_last_number(answer: str, reference: str, same: 
     assert metrics.numeric_match(answer, reference) == float(same)
 
 
+@pytest.mark.parametrize(
+    "reference", ["3,5", "1/2", "2024-05-01", "10:30", "1.234,56", "1.234.567", "[1,2]", r"\frac{1}{2}"]
+)
+def test_a_reference_of_which_numeric_match_would_read_a_part_is_refused(reference: str) -> None:
+    with pytest.raises(DataError, match="joins several numbers"):
+        metrics.numeric_match("5", reference)
+    assert metrics.numeric_match("5", f"{reference} and so 5.") == 1.0
+
+
 @given(st.integers(-(10**12), 10**12))
 def test_numeric_match_accepts_any_integer_with_thousands_separators(number: int) -> None:
     assert metrics.numeric_match(f"The total is {number:,}.", str(number)) == 1.0
@@ -344,6 +353,12 @@ def test_the_users_own_function_gets_answer_and_item(tmp_path: Path) -> None:
     assert own(tmp_path, "def score(answer, item): return True") == 1.0
     assert own(tmp_path, "import numpy\ndef score(answer, item): return numpy.bool_(True)") == 1.0
     assert own(tmp_path, "import numpy\ndef score(answer, item): return numpy.float32(0.5)") == 0.5
+
+
+def test_a_second_parameter_that_could_be_either_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="own.py:score: the second parameter is called 'gold'.*\n.*reference.*item"):
+        own(tmp_path, "def score(answer, gold): return answer == gold")
+    assert own(tmp_path, "def score(answer, _): return 1") == own(tmp_path, "def score(*both): return 1") == 1.0
 
 
 @pytest.mark.parametrize("result", ["None", "'0.5'", "float('nan')", "float('inf')", "[1.0]", "1j"])

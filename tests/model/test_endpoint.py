@@ -57,6 +57,14 @@ def test_every_question_is_answered_once_with_its_tokens(chat_server: Any) -> No
     assert set(chat_server.keys) == {f"Bearer {KEY}"}
 
 
+def test_a_server_that_counts_no_tokens_is_believed_the_first_time(chat_server: Any) -> None:
+    said = {"message": {"role": "assistant", "content": "WORD0"}, "finish_reason": None}
+    body = {"choices": [said], "usage": {"prompt_tokens": None, "completion_tokens": None}}
+    chat_server.faults.append((200, {}, body))
+    reply = ask(chat_server, 1)["q0"]
+    assert (reply.text, reply.prompt_tokens, len(chat_server.asked)) == ("WORD0", None, 1)
+
+
 @pytest.mark.parametrize(
     "fault",
     [

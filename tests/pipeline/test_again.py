@@ -61,6 +61,16 @@ def test_the_same_rows_get_the_same_scores_again(copy: Path, tmp_path: Path) -> 
         )
 
 
+def test_rows_that_ask_what_was_trained_on_are_counted_and_told(copy: Path, tmp_path: Path, tiny_rows: Path) -> None:
+    seen = [(row["prompt"], row["completion"]) for row in read_jsonl(tiny_rows)[:3]]
+    said = Console(file=io.StringIO(), width=500)
+    evaluate_again(copy, rows(tmp_path / "a.jsonl", *seen, ("Upper case of: zzz", "ZZZ")), "lora", Screen(console=said))
+    assert f"3 of 4 rows ask what rows of {tiny_rows} ask" in said.file.getvalue()  # type: ignore[attr-defined]
+    said = Console(file=io.StringIO(), width=500)
+    evaluate_again(copy, rows(tmp_path / "b.jsonl", ("Upper case of: zzz", "ZZZ")), "lora", Screen(console=said))
+    assert "trained on" not in said.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_near_duplicates_are_asked_and_preferences_refused(copy: Path, tmp_path: Path) -> None:
     pairs = [(f"Upper case of: {'very ' * 30}{word}", word.upper()) for word in ("abc", "abd")]
     assert evaluate_again(copy, rows(tmp_path / "new.jsonl", *pairs), "", QUIET)["rows"] == 2

@@ -107,6 +107,22 @@ def test_references_judge_where_there_are_some(raw: Make, chat_server: Any, tiny
         assert all(row["completion"] != "no idea" for row in rows)
 
 
+def test_an_answer_that_the_metric_cannot_read_is_left_out(raw: Make, chat_server: Any) -> None:
+    chat_server.say = lambda question: str(len(question)) if "a" in question[16:] else "no idea"
+    folder = distilled(parse_recipe(raw({"task.metric": "numeric_match"})))
+    assert read_json(folder.results)["distill"]["dropped"]["numeric_match cannot read it"] > 0
+    for name in ("train", "valid", "test"):
+        rows = read_jsonl(Path(f"{folder.path}-teacher") / f"{name}.jsonl")
+        assert all(row["completion"] != "no idea" for row in rows)
+
+
+def test_a_reference_that_the_metric_cannot_read_is_told_before_the_teacher_is_asked(
+    raw: Make, tiny_rows: Path
+) -> None:
+    with pytest.raises(DataError, match=r"rows.jsonl:\d+: the reference '[A-H]+' holds no number"):
+        plan_distillation(parse_recipe(raw({"data.train": str(tiny_rows), "task.metric": "numeric_match"})), QUIET)
+
+
 def test_a_model_here_can_teach_with_a_long_prompt(tiny_recipe: Make, inputs: Path, tmp_path: Path) -> None:
     raw = tiny_recipe({"out": str(tmp_path / "run"), "data.train": str(inputs), "train.max_steps": 2})
     write_jsonl(tmp_path / "shots.jsonl", [{"prompt": "Upper case of: cab", "completion": "CAB"}] * 3)

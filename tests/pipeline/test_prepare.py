@@ -116,6 +116,16 @@ def test_choices_come_from_the_task(tmp_path: Path) -> None:
         questions(rows, TaskSpec(also=["choice_accuracy"], choices=["Blue", "Red"]))
 
 
+@pytest.mark.parametrize("name", ["numeric_match", "json_match", "call_match", "call_name_match"])
+def test_a_reference_that_a_metric_cannot_read_names_its_row_before_anything_is_asked(
+    tmp_path: Path, name: str
+) -> None:
+    good = {"prompt": "sky?", "completion": "f(1)" if name.startswith("call") else "1"}
+    rows = rows_of(written(tmp_path / "rows.jsonl", good, {"prompt": "sea?", "completion": "not known"}))
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the reference 'not known' "):
+        questions(rows, TaskSpec(also=[name]))
+
+
 def test_fingerprints_change_with_the_files_and_leave_out_what_is_no_file(tiny_recipe: Make, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     recipe = parse_recipe(tiny_recipe({"data.train": written(path, *texts(3))}))

@@ -1,9 +1,10 @@
 """Which rows are kept, and a ledger entry for every one that is not.
 
-Dropped: empty rows, comparisons of an answer with itself, exact and near-duplicates, contradictions, held-out rows that
-leaked into train, held-out questions that a training conversation goes through. Of near-duplicates one stays in each
-split, so that every row tested is another observation. Flagged, and kept: raters who disagree, what looks like a secret
-or personal data. Rows that are too long need a tokenizer to be known; `drop_overlong` takes their lengths.
+Dropped: empty rows or answers, comparisons of an answer with itself, exact and near-duplicates, contradictions, held-
+out rows that leaked into train, held-out questions that a training conversation goes through. Of near-duplicates one
+stays in each split, so that every row tested is another observation. Flagged, and kept: raters who disagree, what
+looks like a secret or personal data. Rows that are too long need a tokenizer to be known; `drop_overlong` takes their
+lengths.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ SPLITS = ("train", "valid", "test")
 
 EMPTY_PROMPT = "empty prompt"
 EMPTY_COMPLETION = "empty completion"
+EMPTY_EARLIER = "empty answer on the way"
 EQUAL_SIDES = "both answers are the same"
 EXACT_DUPLICATE = "exact duplicate"
 CONFLICT = "conflicting completion"
@@ -276,7 +278,10 @@ def _unusable(row: Row) -> str:
     said = [(answer.content.strip(), answer.tool_calls) for answer in answers]
     if not all(text or calls for text, calls in said):
         return "" if is_prompt_only(row) else EMPTY_COMPLETION
-    return EQUAL_SIDES if isinstance(row, Comparison) and said[0] == said[1] else ""
+    if isinstance(row, Comparison):
+        return EQUAL_SIDES if said[0] == said[1] else ""
+    earlier = (turn for turn in row.prompt if turn.role == "assistant")  # they are trained too
+    return "" if all(turn.content.strip() or turn.tool_calls for turn in earlier) else EMPTY_EARLIER
 
 
 def _asks(prompt: Sequence[Message]) -> bool:

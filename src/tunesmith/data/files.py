@@ -12,6 +12,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def records(source: str) -> Iterator[Record]:
         yield from _hub(source)
     else:
         what = "is a folder" if path.is_dir() else "no such file"
-        raise DataError(what, where=source, fix="Give a .jsonl .json .csv .parquet file, a hub id, or builtin:NAME.")
+        looked = "" if path.is_absolute() else f"Looked for {path.absolute()}, from where the command was called. "
+        fix = f"{looked}Give a .jsonl .json .csv .parquet file, a hub id, or builtin:NAME."
+        raise DataError(what, where=source, fix=fix)
 
 
 def _file(path: Path, source: str) -> Iterator[Record]:
@@ -218,10 +221,26 @@ def _object(value: object, where: str) -> dict[str, object]:
 
 
 def _clean(row: dict[str, object], where: str) -> dict[str, object]:
-    """Dates, decimals and bytes become text and NaN null, so that every record could have come from JSON."""
-    plain = json.loads(json.dumps(row, default=str), parse_constant=lambda _: None)
+    """Dates, decimals and bytes become text and NaN null, so that every record could have come from JSON.
+
+    Arrow gives each object of a column the fields of all of them, so a null inside one says that it has no such field.
+    """
+    text = json.dumps(row, default=_as_text)
+    plain = json.loads(text, parse_constant=lambda _: None, object_hook=_without_nulls)
     _check(plain, where)
-    return plain
+    return {**dict.fromkeys(row), **plain}  # a column that is empty here is a column still
+
+
+def _as_text(value: object) -> str:
+    """Some writers store text as bytes; bytes that are no text, such as an image, are shown as Python does."""
+    if isinstance(value, bytes) and b"\0" not in value:
+        with suppress(UnicodeDecodeError):
+            return value.decode("utf-8")
+    return str(value)
+
+
+def _without_nulls(fields: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _check(value: object, where: str) -> None:

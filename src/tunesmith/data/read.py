@@ -18,9 +18,11 @@ from ..recipe import DataSpec
 from ..types import Conversation, Item, Message, Row
 from . import tasks
 from .files import records
-from .layout import content_id, find_columns, to_messages, to_row
+from .layout import PROMPT_ONLY, content_id, find_columns, to_messages, to_row
 
 BUILTIN = "builtin:"
+_FIRST_ROWS = 100
+_MOST_NAMED = 12
 _QUESTION = ("prompt", "question", "query")
 
 
@@ -37,13 +39,28 @@ def read(source: str, spec: DataSpec) -> Iterator[Row]:
 
 
 def items(rows: Sequence[Conversation]) -> list[Item]:
-    """Held-out questions: the prompt is all before the last assistant turn, the reference is that turn.
-
-    A turn that only calls tools has its calls, as a JSON list, for reference.
-    """
+    """Held-out questions: the prompt is all before the last assistant turn, the reference is that turn."""
     return [
-        Item(prompt=row.prompt, reference=_reference(row), id=row.id, tools=row.tools, extra=row.extra) for row in rows
+        Item(prompt=row.prompt, reference=reference(row), id=row.id, tools=row.tools, extra=row.extra) for row in rows
     ]
+
+
+def reference(row: Conversation) -> str:
+    """The last answer; of one that only calls tools its calls, as a JSON list."""
+    calls = row.messages[-1].tool_calls if row.messages else ()
+    if row.completion or not calls:
+        return row.completion
+    return json.dumps([dict(call) for call in calls], ensure_ascii=False)
+
+
+def unread(rows: Sequence[Row]) -> str:
+    """What to say of columns that no turn is made of; empty where the first rows have none."""
+    names = sorted({name for row in rows[:_FIRST_ROWS] for name in row.extra} - {PROMPT_ONLY})
+    if not names:
+        return ""
+    more = ", ..." if len(names) > _MOST_NAMED else ""
+    shown = ", ".join(map(repr, names[:_MOST_NAMED]))
+    return f"columns that the model is not shown: {shown}{more} (data.columns says which column is what)"
 
 
 def read_choices(source: str) -> list[Item]:
@@ -65,13 +82,6 @@ def _rows(source: str, spec: DataSpec) -> Iterator[Row]:
         yield to_row(fields, columns, where)
     if columns is None:
         raise DataError("the file has no rows", where=source, fix="Give a file with at least one row.")
-
-
-def _reference(row: Conversation) -> str:
-    calls = row.messages[-1].tool_calls if row.messages else ()
-    if row.completion or not calls:
-        return row.completion
-    return json.dumps([dict(call) for call in calls], ensure_ascii=False)
 
 
 def _choice(fields: dict[str, object], where: str) -> Item:

@@ -40,7 +40,7 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, eos_i
     tokens: list[int] = []
     weights: list[float] = []
     for turn, message in enumerate(conversation.messages):
-        if message.role != "assistant":
+        if message.role != "assistant" or not turn:  # a greeting that opens a conversation answers nobody: context
             continue
         before = _turns(conversation, turn, tokenizer, opens=True)
         context = encode(tokenizer, before)

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from unicodedata import normalize
 
 import numpy as np
 from jaxtyping import UInt32, UInt64
@@ -29,11 +30,13 @@ from .store import Codec, Places, Stored, View, digest
 
 Shingles = UInt64[np.ndarray, "_"]
 
-# Words, with a leading minus (-1, -l) and without punctuation; scripts without spaces count character by character.
+# Words, with a leading minus (-1, -l) and without the punctuation of sentences, whatever their script, or marks that
+# nobody sees (zero-width, direction); scripts without spaces count character by character.
 _WORD = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff]"
     r"|-?[^\W\u3040-\u30ff\u3400-\u9fff]+"
-    r"|[^\w\s.,;:!?'\"()\-\u2013\u2014\u2026\u2018-\u201d]"
+    r"|[^\w\s.,;:!?'\"()\-\u2013\u2014\u2026\u2018-\u201d\u00a1\u00ab\u00bb\u00bf\u060c\u061b\u061f\u0964\u200b-\u200f\ufeff"
+    r"\u3001\u3002\u300c-\u300f\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f]"
 )
 _WORDS_PER_SHINGLE = 3
 # A shingle in more rows than both of these is boilerplate, so up to 20 copies of one row are always seen as such.
@@ -88,7 +91,12 @@ def near_pairs(rows: Sequence[Row], threshold: float) -> Iterator[tuple[int, int
 
 def folded(text: str) -> str:
     """A text without case and punctuation; as it stands, but for spaces at its ends, where it has no words."""
-    return " ".join(_WORD.findall(text.casefold())) or text.strip()
+    return " ".join(_words(text)) or text.strip()
+
+
+def _words(text: str) -> list[str]:
+    """A letter and its accent are one character or two, as the keyboard has it; NFC makes them one."""
+    return _WORD.findall(normalize("NFC", text).casefold())
 
 
 def row_texts(row: Row) -> tuple[str, str, str]:
@@ -154,7 +162,7 @@ def _from_bytes(data: bytes) -> list[Shingles]:
 
 def _shingles(text: str) -> Shingles:
     """Sorted distinct 64-bit hashes of a text's word 3-grams; a shorter text is one shingle, an empty one none."""
-    hashes = np.array([_word_hash(word) for word in _WORD.findall(text.casefold())], dtype=np.uint64)
+    hashes = np.array([_word_hash(word) for word in _words(text)], dtype=np.uint64)
     if not len(hashes):
         return hashes
     count = max(1, len(hashes) - _WORDS_PER_SHINGLE + 1)

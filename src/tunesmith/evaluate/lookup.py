@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int, UInt
 from scipy import sparse
 
+from ..data.read import reference
 from ..data.store import digest, some
 from ..errors import DataError
 from ..types import Conversation, Item, Message
@@ -42,16 +43,16 @@ def nearest_neighbour(train: Sequence[Conversation], items: Sequence[Item]) -> l
         similarity = (_unit_rows(_count_grams(chunk), rarity) @ known).toarray()
         # Rounded, so that equal prompts tie whatever order their products were summed in.
         nearest += np.argmax(similarity.round(6), axis=1).tolist()
-    return [train[index].completion for index in nearest]
+    return [reference(train[index]) for index in nearest]
 
 
 def majority(train: Sequence[Conversation], items: Sequence[Item]) -> list[str]:
     """The commonest training completion for every item; ties go to the one seen first. DataError without rows."""
     _check(train)
-    keys = np.fromiter((digest(row.completion) for row in train), np.uint64, len(train))
+    keys = np.fromiter((digest(reference(row)) for row in train), np.uint64, len(train))
     _, first, counts = np.unique(keys, return_index=True, return_counts=True)
     commonest = first[counts == counts.max()].min()
-    return [train[int(commonest)].completion] * len(items)
+    return [reference(train[int(commonest)])] * len(items)
 
 
 def _check(train: Sequence[Conversation]) -> None:

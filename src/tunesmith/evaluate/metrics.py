@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import regex
 from sacrebleu.metrics.bleu import BLEU
@@ -45,6 +45,8 @@ TEXT_METRICS = (*BINARY_TEXT_METRICS, "token_f1", "rouge_l", "bleu", "chrf", "pl
 WHOLE_ANSWER_METRICS = frozenset(
     {"exact_match", "normalised_match", "token_f1", "rouge_l", "bleu", "chrf", "placeholder_f1"}
 )
+# Metrics that compare what they read in the reference, a number, JSON or calls, and cannot grade where there is none.
+READING_METRICS = frozenset({"numeric_match", "json_match", "call_match", "call_name_match"})
 MODEL_METRICS = frozenset({"completion_loss", "choice_accuracy"})
 LOWER_IS_BETTER = frozenset({"completion_loss", "general_loss", "kl", "kl_from_base"})
 REGEX_LIMIT_SECONDS = 1.0
@@ -59,6 +61,8 @@ _CURRENCY = r"$\u00a2-\u00a5\u0e3f\u20a0-\u20cf＄￡￥￦"
 _MONEY = rf"[A-Za-z]{{0,2}}[{_CURRENCY}]"  # also US$, R$
 # The sign of `-$3`, but not the dash between two amounts: `$3-$5`, `3€-€5`, in LaTeX `$3$-$5$`.
 _SIGNED_MONEY = re.compile(rf"(?<![\w.{_CURRENCY}])([-+]){_MONEY}\s?(?=\.?\d)")
+# What joins a number to the one before it: a decimal comma, a fraction (in LaTeX too), a date, a time, a range.
+_JOINED = re.compile(r"\d(?:[,/:\u2013-]|\}\{)\Z")
 _DIGIT_GROUP_GAP = re.compile(r"(?<=\d)[\u00a0\u2009\u202f'’_](?=\d{3}(?!\d))")
 # Kept: a decimal point, thousands comma or colon inside a number, and a minus sign. Group 1: everything else.
 _PUNCTUATION = re.compile(rf"(?<=\d)[.,:](?=\d)|(?<![\w.])-(?=(?:{_MONEY})?\d)|([^\w\s]|_)")
@@ -108,16 +112,19 @@ def numeric_match(answer: str, reference: str) -> float:
 
     Commas group thousands; a sign may stand before a currency mark, as in `-$3`. Integers must agree exactly, others
     to one part in a million. Where only one side has a percent sign, `12 %` equals both 12 and 0.12. Raises DataError
-    for a reference without a number.
+    for a reference without a number, or that ends in one of which a part alone would be read, as `3,5` or `1/2`.
     """
     expected, given = _last_number(reference), _last_number(answer)
     if expected is None:
         raise DataError(
             f"the reference {_short(reference)} holds no number", fix="Use another metric, or mend the row."
         )
+    if expected.is_part:
+        fix = "Write one number, such as 3.5 for 3,5 and 0.5 for 1/2, or use exact_match or normalised_match."
+        raise DataError(f"the reference {_short(reference)} joins several numbers, of which the last is read", fix=fix)
     if given is None:
         return 0.0
-    (value, percent), (wanted, wanted_percent) = given, expected
+    (value, percent, _), (wanted, wanted_percent, _) = given, expected
     if _close(value, wanted):
         return 1.0
     if percent == wanted_percent:
@@ -318,11 +325,23 @@ def _edge(character: str, of_word: str, of_number: str) -> str:
     return of_word + of_number if character.isdecimal() else of_word
 
 
-def _last_number(text: str) -> tuple[Decimal, bool] | None:
-    """The last number as written, and whether a percent sign follows."""
+class _Number(NamedTuple):
+    """A number in a text, whether a percent sign follows, and whether it is but a part of what is written there."""
+
+    value: Decimal
+    percent: bool
+    is_part: bool
+
+
+def _last_number(text: str) -> _Number | None:
     text = _SIGNED_MONEY.sub(r"\1", text.replace("\N{MINUS SIGN}", "-").replace("\\$", "$"))
-    found = _NUMBER.findall(_DIGIT_GROUP_GAP.sub("", text))
-    return (Decimal(found[-1].rstrip("%").strip().replace(",", "")), found[-1].endswith("%")) if found else None
+    text = _DIGIT_GROUP_GAP.sub("", text)
+    found = list(_NUMBER.finditer(text))
+    if not found:
+        return None
+    last = found[-1]
+    is_part = _JOINED.search(text, 0, last.start()) or re.match(r"\.\d", text[last.end() :])
+    return _Number(Decimal(last[0].rstrip("%").strip().replace(",", "")), last[0].endswith("%"), bool(is_part))
 
 
 def _close(one: Decimal, other: Decimal) -> bool:

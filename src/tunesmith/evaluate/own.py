@@ -42,7 +42,7 @@ def own_grade(name: str, root: Path) -> Grade:
 def load_function(name: str, root: Path) -> Callable[..., Any]:
     """The function named `file.py:function`, its file relative to `root` (the recipe's folder).
 
-    Raises RecipeError where the file is absent, fails to load, or has no such function.
+    Raises RecipeError where the file is absent, fails to load, or has no such function with such parameters.
     """
     file, _, function_name = name.rpartition(":")
     path = (root / file).resolve()
@@ -65,7 +65,12 @@ def load_function(name: str, root: Path) -> Callable[..., Any]:
 def _function_of(module: ModuleType, function_name: str, name: str) -> Callable[..., Any]:
     function = vars(module).get(function_name)
     if callable(function):
-        return _of_reference(function) if _second_parameter(function) == "reference" else function
+        second = _second_parameter(function)
+        if second not in ("reference", "item", "") and not second.startswith("_"):
+            what = f"the second parameter is called {second!r}, which may mean either"
+            fix = "Call it reference, to get the right answer as text, or item, to get .reference, .prompt and .extra."
+            raise RecipeError(what, where=name, fix=fix)
+        return _of_reference(function) if second == "reference" else function
     known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     near = difflib.get_close_matches(function_name, known, n=1, cutoff=0.4)
     fix = f"Did you mean {near[0]!r}?" if near else f"The file defines: {', '.join(known) or 'no function'}."

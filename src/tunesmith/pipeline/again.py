@@ -14,7 +14,7 @@ from rich.console import Console
 from ..data.curate import curate
 from ..data.read import read
 from ..data.render import prompt_tokens
-from ..data.split import Splits
+from ..data.split import Splits, question_key
 from ..errors import FolderError, RecipeError
 from ..evaluate.measure import measure, scored
 from ..evaluate.metrics import find_metric
@@ -25,7 +25,7 @@ from ..model.load import Model, load
 from ..model.sample import Sampling, sample
 from ..recipe import DataSpec, Recipe, Update, load_recipe
 from ..screen import Screen
-from ..types import UNENDED, Comparison, Conversation, Message
+from ..types import UNENDED, Comparison, Conversation, Message, Row
 from ..world import World
 from .handed import open_made
 from .pairs import comparisons
@@ -152,10 +152,20 @@ def _read(
     left_out = dict(Counter(entry.reason for entry in ledger if entry.action == "dropped"))
     for reason, count in left_out.items():
         screen.warn(f"{count} rows are left out: {reason}")
-    trained = plan.get("files", {}).get("data.train")
+    _warn_of_known(data, kept.test, recipe, plan.get("files", {}).get("data.train"), screen)
+    return kept.test, left_out
+
+
+def _warn_of_known(data: str, rows: Sequence[Row], recipe: Recipe, trained: str | None, screen: Screen) -> None:
+    """Say so where rows come from the file that the run was trained on, or ask what it asks; `trained` is its hash."""
+    own = Path(recipe.data.train)
     if trained and Path(data).is_file() and sha256_file(Path(data)) == trained:
         screen.warn("this is the file that the run was trained on: scores of its rows say nothing of new ones")
-    return kept.test, left_out
+    elif trained and own.is_file() and sha256_file(own) == trained:
+        known = {question_key(row) for row in read(str(own), recipe.data)}
+        if shared := sum(question_key(row) in known for row in rows):
+            held_out = "those that the run did not hold out were trained on, and say nothing of new rows"
+            screen.warn(f"{shared} of {len(rows)} rows ask what rows of {own} ask: {held_out}")
 
 
 def _count_read(folder: RunFolder, asked: set[str]) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from ..data.curate import SPLITS, curate
 from ..data.files import records
 from ..data.layout import PROMPT_ONLY, as_dict, find_columns, is_prompt_only
-from ..data.read import BUILTIN, read
+from ..data.read import BUILTIN, items, read
 from ..data.split import in_order, split
 from ..data.store import stored_rows
 from ..errors import DataError, RecipeError
@@ -36,6 +36,7 @@ from ..screen import Screen
 from ..types import Conversation, LedgerEntry
 from ..world import World
 from .begin import needs_held_out
+from .prepare import check_reference
 from .run import run
 from .teacher import (
     Checks,
@@ -189,6 +190,8 @@ def _inputs(recipe: Recipe) -> tuple[dict[str, list[Conversation]], Sequence[Led
             if row.tools or any(message.tool_calls for message in row.prompt):
                 fix = "Leave the tools and their calls out."
                 raise DataError("a teacher is not sent tools", where=row.source, fix=fix)
+            if name == "test" and row.completion:
+                check_reference(row, items([row])[0], recipe.task)
             rows[name].append(row)
     return rows, ledger
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..data.curate import SPLITS, Census, census, curate, drop_overlong
-from ..data.read import read
+from ..data.read import read, unread
 from ..data.render import render_last
 from ..data.split import Unit, prompt_key, split, uniform
 from ..errors import DataError, RecipeError
@@ -130,6 +130,8 @@ def _show(prepared: Pairs, screen: Screen) -> None:
         flags = ", ".join(f"{n} {reason}" for reason, n in count.flagged.items()) or "none"
         rows.append([name, str(count.read), str(count.kept), left_out, flags])
     screen.table(["split", "pairs read", "kept", "left out", "flagged"], rows)
+    if columns := unread(prepared.rows["train"]):
+        screen.line(columns)
     data = prepared.counts["data"]
     spread = data["tokens_per_row"]
     screen.line(f"{data['train_tokens']:,} training tokens; {spread['p5']:.0f} to {spread['p95']:.0f} tokens an answer")

@@ -15,12 +15,12 @@ import numpy as np
 
 from ..data.counts import counts
 from ..data.curate import SPLITS, Census
-from ..data.read import items
+from ..data.read import items, unread
 from ..data.similar import MANY_ROWS, MOST_COMPARED
 from ..data.store import View, join
 from ..errors import DataError
 from ..evaluate.lookup import MOST_ROWS
-from ..evaluate.metrics import MODEL_METRICS, WHOLE_ANSWER_METRICS
+from ..evaluate.metrics import MODEL_METRICS, READING_METRICS, WHOLE_ANSWER_METRICS, find_metric
 from ..folder import sha256_file
 from ..model.load import Vocabulary
 from ..recipe import Recipe, TaskSpec
@@ -114,7 +114,17 @@ def questions(rows: Sequence[Conversation], task: TaskSpec) -> Sequence[Item]:
             )
             fix = "Set task.choices to the closed list of answers, spelled as in the data."
             raise DataError(f"{what}, which metric choice_accuracy needs", where=row.source, fix=fix)
+        check_reference(row, item, task)
     return found
+
+
+def check_reference(row: Conversation, item: Item, task: TaskSpec) -> None:
+    """Raises DataError naming a row whose reference a metric could not read when all is answered."""
+    for name in sorted({task.metric, *task.also} & READING_METRICS):
+        try:
+            find_metric(name, task, Path())([item], [""])
+        except DataError as error:
+            raise DataError(error.what, where=row.source, fix=error.fix) from None
 
 
 def fingerprints(recipe: Recipe, root: Path) -> dict[str, str]:
@@ -174,6 +184,8 @@ def _show(prepared: Prepared, screen: Screen) -> None:
         flags = ", ".join(f"{n} {reason}" for reason, n in count.flagged.items()) or "none"
         rows.append([name, str(count.read), str(count.kept), left_out, flags])
     screen.table(["split", "read", "kept", "left out", "flagged"], rows)
+    if columns := unread(prepared.rows):
+        screen.line(columns)
     counted = counts(prepared.train)
     tokens, trained = counted.tokens, int(counted.trained.sum())
     asks = any(item.prompt for item in join(prepared.valid_items, prepared.test_items))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..data.curate import SPLITS, Census, census, curate
-from ..data.read import items, read
+from ..data.read import items, read, unread
 from ..data.render import prompt_tokens, refuse_unwritten, render_last
 from ..data.split import Unit, asked_key, split
 from ..errors import DataError
@@ -61,6 +61,8 @@ def prepare_prompts(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> P
         screen.line(whole.note)
     kept, ledger = curate(whole, spec)
     rows: dict[str, Sequence[Row]] = {name: getattr(kept, name) for name in SPLITS}
+    if columns := unread(rows["train"]):
+        screen.line(columns)
     for row in chain.from_iterable(rows.values()):
         tools = row.tools if isinstance(row, Conversation) else ()
         refuse_unwritten(row.prompt, tools, vocabulary.tokenizer, row.source)

@@ -19,7 +19,7 @@ from ..data.layout import content_id
 from ..data.read import items, read
 from ..data.render import prompt_tokens, render_last
 from ..errors import DataError, ModelError, RecipeError
-from ..evaluate.metrics import MODEL_METRICS, find_metric, is_binary, normalised_match
+from ..evaluate.metrics import MODEL_METRICS, READING_METRICS, find_metric, is_binary, normalised_match
 from ..evaluate.systems import Prompting, takes_system
 from ..folder import append_jsonl, is_run_folder, read_jsonl, sha256_file, sync
 from ..model.endpoint import Question, Reply
@@ -34,8 +34,6 @@ AGREEING_TEMPERATURE = 0.7
 MOST_ANSWER_TOKENS = 256
 CHUNK = 128  # questions that a local teacher answers between two writes
 TELLING_REFUSALS = 5  # so many and not one answer: it is not the inputs
-# Answers agree by what these compare; whatever else decides, by their words.
-_AGREE_BY = {"numeric_match", "json_match", "call_match", "call_name_match"}
 
 Keep = Callable[[Question, Reply], None]
 
@@ -180,6 +178,8 @@ def why_not(row: Conversation, replies: Sequence[Reply], checks: Checks, vocabul
             return "empty answer", ""
     text = replies[0].text.strip()
     asked = Item(prompt=row.prompt, reference=text, id=row.id, tools=row.tools, extra=row.extra)
+    if not _passes(checks.agree, asked, text):
+        return f"{checks.metric} cannot read it", repr(text[:60])
     if not all(_passes(checks.agree, asked, reply.text) for reply in replies[1:]):
         return "answers disagree", " | ".join(dict.fromkeys(reply.text.strip()[:40] for reply in replies))
     if checks.right and row.completion and not _passes(checks.right, replace(asked, reference=row.completion), text):
@@ -197,14 +197,19 @@ def answered(row: Conversation, text: str) -> Conversation:
 
 
 def checks_of(recipe: Recipe, root: Path) -> Checks:
-    """How answers are checked. Only metrics that say right or wrong can find an answer wrong. Raises RecipeError."""
+    """How answers are checked: they agree by what the metric reads in them, or else by their words.
+
+    Only metrics that say right or wrong can find an answer wrong. Raises RecipeError.
+    """
     metric = recipe.task.metric
     grade = find_metric(metric, recipe.task, root)
     by_words: Grade = lambda asked, texts: [  # noqa: E731
         normalised_match(text, item.reference) for item, text in zip(asked, texts, strict=True)
     ]
     judges = recipe.task.teacher.check_references and is_binary(metric) and metric not in MODEL_METRICS
-    return Checks(agree=grade if metric in _AGREE_BY else by_words, right=grade if judges else None, metric=metric)
+    return Checks(
+        agree=grade if metric in READING_METRICS else by_words, right=grade if judges else None, metric=metric
+    )
 
 
 def count_prompt(messages: Sequence[Message], vocabulary: Vocabulary) -> int:

@@ -81,7 +81,7 @@ def dry_run(
     found = _timed(model, source, loss, heaviest, spared)
     if os.getloadavg()[0] > CROWDED * (
         os.cpu_count() or 1
-    ):  # threads that wait for each other: up to ten times as long
+    ):  # threads wait for each other: up to ten times as long
         return replace(found, crowded=True)
     if time.monotonic() - began > WORTH_KEEPING_SECONDS:
         with suppress(FolderError):
