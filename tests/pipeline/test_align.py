@@ -293,6 +293,17 @@ def test_a_policy_without_what_it_needs_is_refused_before_a_folder_is_made(
     assert not Path(raw["out"]).exists()
 
 
+def test_the_reward_that_is_trained_on_is_no_judge(
+    policy: Callable[..., Raw], reward_run: RunFolder, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(reward_run.path, tmp_path / "copy")
+    shutil.rmtree(copy / JUDGE)  # as with preference.halves: false
+    raw = policy("ppo", reward={"by": str(copy), "judge": f"{tmp_path}/./copy"})
+    with pytest.raises(RecipeError, match=r"reward\.judge: the judge is the very model that is trained on"):
+        run(parse_recipe(raw))
+    assert not Path(raw["out"]).exists()
+
+
 def test_imitation_of_prompts_without_answers_is_refused(policy: Callable[..., Raw], tmp_path: Path) -> None:
     rows = tmp_path / "prompts.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"Say {n}"}) + "\n" for n in range(30)), encoding="utf-8")

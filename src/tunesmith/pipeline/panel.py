@@ -90,6 +90,9 @@ def open_panel(recipe: Recipe, root: Path, policy: Model, world: World, stack: E
         raise RecipeError(f"method {recipe.method} needs a reward", where="reward", fix=fix)
     if judge:
         which = JUDGE if (Path(judge) / JUDGE).is_dir() else REWARD
+        if which == REWARD and Path(judge).resolve() == Path(spec.by).resolve():
+            fix = f"Train {judge} with preference.halves: true, name another run, or leave reward.judge out."
+            raise RecipeError("the judge is the very model that is trained on", where="reward.judge", fix=fix)
         found["judge_score"] = _by_model(_fitting(judge, which, policy, world))
     grades = {name: find_metric(name, recipe.task, root) for name in recipe.task.also}
     return Panel(rewards=found, grades=grades, decides=list(found)[-1] if found else "", missing_end=spec.missing_end)
