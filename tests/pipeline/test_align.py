@@ -149,6 +149,21 @@ def test_reward_and_judge_learn_from_disjoint_halves(choices: Path) -> None:
 
 
 def test_scores_of_reference_answers_have_mean_0_and_variance_1(reward_run: RunFolder, common: Raw) -> None:
+def test_all_raters_of_a_pair_are_in_one_half() -> None:
+    def choice(number: int, rater: str) -> Comparison:
+        sides = [Message(role="assistant", content=f"{side}{number}") for side in "ab"]
+        better, worse = sides if rater == "one" else sides[::-1]
+        prompt = (Message(role="user", content="Say"),)
+        row = {"prompt": prompt, "chosen": better, "rejected": worse, "rater": rater}
+        return Comparison(**row, id=f"{number}{rater}", source=f"rows:{number}")
+
+    rows = [choice(number, rater) for number in range(20) for rater in ("one", "two")]
+    first, second = ({rows[i].source for i in half} for half in halves(rows, seed=0))
+    assert first
+    assert second
+    assert not first & second
+
+
     from tunesmith.pipeline.pairs import prepare_pairs
     from tunesmith.screen import Screen
 
