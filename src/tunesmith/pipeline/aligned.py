@@ -12,7 +12,7 @@ from .. import __version__
 from ..data.read import read_choices
 from ..evaluate.choices import verdict_on_policy
 from ..evaluate.forgetting import forgotten, remember
-from ..evaluate.stats import contrast, estimate
+from ..evaluate.stats import contrast, estimate, win_rate
 from ..folder import read_json, read_jsonl, write_json, write_jsonl
 from ..model.adapters import load_adapter, save_adapter, save_model
 from ..model.load import Model, load
@@ -225,7 +225,7 @@ def _results(
         }
     arms[update]["train"] = {key: value for key, value in train.items() if key != "predicted"}
     kl = estimate(after.kl, level, seed)
-    won = estimate(wins(after, before, panel.decides), level, seed) if panel.decides else None
+    won = win_rate(wins(after, before, panel.decides), level) if panel.decides else None
     rise = Estimate(**lost["general_loss"]["change"]) if lost else None
     by = {"judge_score": "judge", "reward_score": "reward model", "reward": "reward"}.get(panel.decides, "")
     limit = recipe.evaluate.forgetting_limit
