@@ -364,3 +364,19 @@ def test_a_policy_run_with_another_reward_is_another_run(policy: Callable[..., R
     run(parse_recipe(policy("dpo")))
     with pytest.raises(FolderError):
         run(parse_recipe(policy("dpo", reward="")))
+@pytest.mark.parametrize("method", ["dpo", "ppo"])
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_held_out_prompt_without_room_for_an_answer_is_named(
+    policy: Callable[..., Raw], choices: Path, method: str, split: str, tmp_path: Path
+) -> None:
+    lines = choices.read_text(encoding="utf-8").splitlines(keepends=True)
+    files = {"train": "".join(lines[:80]), "valid": "".join(lines[80:100]), "test": "".join(lines[100:])}
+    files[split] = json.dumps({"prompt": "x" * 450, "chosen": "a", "rejected": "b"}) + "\n" + files[split]
+    for name, text in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    data = {name: str(tmp_path / f"{name}.jsonl") for name in files} | {"near_duplicates": 1.0}
+    raw = policy(method, data=data, task={"max_new_tokens": 64}, evaluate={"valid_rows": 40})
+    with pytest.raises(DataError, match=rf"{split}.jsonl:1: the prompt leaves no room for 64 tokens of answer"):
+        run(parse_recipe(raw))
+
+
