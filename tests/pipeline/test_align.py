@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import random
 import shutil
@@ -360,10 +361,28 @@ def test_a_margin_that_is_no_number_names_its_row(common: Raw, choices: Path, tm
     assert f"{choices}:" in str(caught.value)
 
 
-def test_a_policy_run_with_another_reward_is_another_run(policy: Callable[..., Raw], tmp_path: Path) -> None:
-    run(parse_recipe(policy("dpo")))
-    with pytest.raises(FolderError):
-        run(parse_recipe(policy("dpo", reward="")))
+def test_a_policy_goes_on_with_the_reward_model_that_it_began_with(
+    policy: Callable[..., Raw], reward_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        yield from itertools.islice(true_fit(*args, **kwargs), 1)
+        raise Killed
+
+    copy = shutil.copytree(reward_run.path, tmp_path / "reward")
+    raw = policy("ppo", reward=str(copy))
+    with monkeypatch.context() as patched:
+        patched.setattr("tunesmith.pipeline.loop.fit", dies)
+        with pytest.raises(Killed):
+            run(parse_recipe(raw))
+    shutil.rmtree(copy / REWARD)
+    shutil.copytree(copy / JUDGE, copy / REWARD)  # as after training it again
+    with pytest.raises(FolderError, match=r"the file of reward\.by \(reward\) has changed since this run began"):
+        run(parse_recipe(raw))
+
+
 @pytest.mark.parametrize("method", ["dpo", "ppo"])
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_a_held_out_prompt_without_room_for_an_answer_is_named(
