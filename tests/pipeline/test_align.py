@@ -149,7 +149,6 @@ def test_reward_and_judge_learn_from_disjoint_halves(choices: Path) -> None:
     assert not {rows[i].prompt for i in first} & {rows[i].prompt for i in second}
 
 
-def test_scores_of_reference_answers_have_mean_0_and_variance_1(reward_run: RunFolder, common: Raw) -> None:
 def test_all_raters_of_a_pair_are_in_one_half() -> None:
     def choice(number: int, rater: str) -> Comparison:
         sides = [Message(role="assistant", content=f"{side}{number}") for side in "ab"]
@@ -165,6 +164,7 @@ def test_all_raters_of_a_pair_are_in_one_half() -> None:
     assert not first & second
 
 
+def test_scores_of_reference_answers_have_mean_0_and_variance_1(reward_run: RunFolder, common: Raw) -> None:
     from tunesmith.pipeline.pairs import prepare_pairs
     from tunesmith.screen import Screen
 
@@ -248,13 +248,16 @@ def test_a_reward_function_that_throws_is_told_and_counted_and_the_run_goes_on(
     policy: Callable[..., Raw], method: str, tmp_path: Path
 ) -> None:
     own = tmp_path / "own.py"
-    body = "    if sum(map(ord, answer)) % 4:\n        raise KeyError(answer)\n    return 1.0\n"
+    body = "    if sum(map(ord, answer)) % 4:\n        raise KeyError(answer)\n    return -9.0\n"
     own.write_text(f"def throws(answer, item):\n{body}", encoding="utf-8")
     told = io.StringIO()
     screen = Screen(console=Console(file=told, soft_wrap=True))
     folder = run(parse_recipe(policy(method, reward=f"{own}:throws")), screen=screen)
-    assert sum(line["unscored"] for line in read_json(folder.results)["rollouts"]) > 0
+    results = read_json(folder.results)
+    assert sum(line["unscored"] for line in results["rollouts"]) > 0
+    assert all(0 < arm["metrics"]["unscored"]["value"] < 1 for arm in results["arms"].values())
     lines = [line for line in told.getvalue().splitlines() if "an answer has no score" in line]
+    assert "counts -1, one with a score -9 on average: set reward.missing_end below your scores" in told.getvalue()
     assert len(set(lines)) == len(lines) == FIRST_PROBLEMS  # each once, and not thousands
     assert all(f"{own}:throws, item " in line and "the function fails: KeyError: " in line for line in lines)
 
@@ -399,3 +402,7 @@ def test_a_held_out_prompt_without_room_for_an_answer_is_named(
         run(parse_recipe(raw))
 
 
+def test_a_policy_run_with_another_reward_is_another_run(policy: Callable[..., Raw], tmp_path: Path) -> None:
+    run(parse_recipe(policy("dpo")))
+    with pytest.raises(FolderError):
+        run(parse_recipe(policy("dpo", reward="")))
