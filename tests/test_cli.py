@@ -175,6 +175,31 @@ def test_keys_without_effect_are_told(shell: Shell, tiny_recipe: Make) -> None:
     assert "preference has" not in done.out
 
 
+@pytest.mark.parametrize(
+    ("method", "read", "unread"),
+    [
+        ("ppo", "policy.mix", "train.max_steps"),
+        ("grpo", "policy.group", "policy.mix"),
+        ("dpo", "preference.smoothing", "policy.kl_limit"),
+        ("reward", "preference.margin_scale", "preference.smoothing"),
+        ("dpo", "task.max_new_tokens", "data.rehearse"),
+    ],
+)
+def test_single_keys_without_effect_are_told(
+    shell: Shell, tiny_recipe: Make, tmp_path: Path, method: str, read: str, unread: str
+) -> None:
+    lines = [json.dumps({"prompt": f"Say {n}", "chosen": f"A{n}", "rejected": f"a{n}"}) for n in range(40)]
+    (tmp_path / "choices.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    clean = {"task": {}, "train": {}, "data.train": str(tmp_path / "choices.jsonl"), "data.near_duplicates": 1.0}
+    changes = {**clean, "method": method, read: 0.25 if "max" not in read else 7, unread: 0.25}
+    changes |= {key: 7 for key in (read, unread) if key.endswith(("group", "steps"))}
+    done = shell("check", shell.write("job.yaml", tiny_recipe(changes)))
+    assert done.code == 0, done.err
+    assert [line.strip() for line in done.out.splitlines() if "no effect" in line] == [
+        f"note {unread} has no effect with method: {method}"
+    ]
+
+
 def test_evaluate_grades_other_rows_as_json(shell: Shell, finished_run: Path) -> None:
     line = '{"prompt": "Upper case of: zzz", "completion": "ZZZ"}\n'
     data = shell.write("new.jsonl", line + line)

@@ -20,6 +20,7 @@ Decision = Literal["ship", "do not ship", "not shown"]
 Sameness = Literal["equivalent", "at least as good", "worse", "not shown"]
 
 UNENDED = "unended"  # the score that is 1 where the limit of tokens ended an answer
+UNSCORED = "unscored"  # the score that is 1 where the user's reward function gave none
 FEWEST_ROWS = 10  # of a verdict: below 6 the exact test cannot reach p < 0.05, and a handful is no sample of anything
 
 

@@ -242,6 +242,18 @@ def test_more_rows_show_smaller_differences() -> None:
     assert found[0] == 1.0
 
 
+@pytest.mark.parametrize(("won", "lost"), [(176, 24), (16, 0)])
+def test_a_win_rate_without_ties_has_wilsons_interval(won: int, lost: int) -> None:
+    found = stats.win_rate(np.repeat([1.0, 0.0], [won, lost]))
+    assert (found.low, found.high) == pytest.approx(stats.wilson(won, won + lost))
+    assert found.value == won / (won + lost)
+
+
+def test_a_win_rate_of_ties_alone_is_not_known_to_be_one_half() -> None:
+    found = stats.win_rate(np.full(50, 0.5))
+    assert (found.low, found.value, found.high) == pytest.approx((0.464, 0.5, 0.536), abs=1e-3)
+
+
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.floats(-5, 5)), min_size=1, max_size=30))
 def test_one_each_is_the_mean_of_each_group_in_order_of_appearance(pairs: list[tuple[str, float]]) -> None:
     by_group: dict[str, list[float]] = {}

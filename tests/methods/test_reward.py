@@ -117,6 +117,13 @@ def test_rewards_are_those_of_each_answer_alone_whatever_stands_beside_it(
     np.testing.assert_array_equal(rewards(head_model, []), [])
 
 
+def test_an_answer_has_the_same_reward_whichever_token_ended_it(answers: Makes, head_model: Model) -> None:
+    (pair,) = answers(1)
+    model = replace(head_model, vocabulary=replace(head_model.vocabulary, eos_ids=(0, 2)))  # trained answers end with 2
+    other = [replace(example, tokens=np.append(example.tokens[:-1], 0)) for example in pair]
+    np.testing.assert_array_equal(rewards(model, other), rewards(model, pair))
+
+
 def test_rewards_of_many_answers_to_one_prompt_go_through_several_streams(
     answers: Makes, head_model: Model, plain_hidden: Hidden, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import random
 import shutil
@@ -148,6 +149,21 @@ def test_reward_and_judge_learn_from_disjoint_halves(choices: Path) -> None:
     assert not {rows[i].prompt for i in first} & {rows[i].prompt for i in second}
 
 
+def test_all_raters_of_a_pair_are_in_one_half() -> None:
+    def choice(number: int, rater: str) -> Comparison:
+        sides = [Message(role="assistant", content=f"{side}{number}") for side in "ab"]
+        better, worse = sides if rater == "one" else sides[::-1]
+        prompt = (Message(role="user", content="Say"),)
+        row = {"prompt": prompt, "chosen": better, "rejected": worse, "rater": rater}
+        return Comparison(**row, id=f"{number}{rater}", source=f"rows:{number}")
+
+    rows = [choice(number, rater) for number in range(20) for rater in ("one", "two")]
+    first, second = ({rows[i].source for i in half} for half in halves(rows, seed=0))
+    assert first
+    assert second
+    assert not first & second
+
+
 def test_scores_of_reference_answers_have_mean_0_and_variance_1(reward_run: RunFolder, common: Raw) -> None:
     from tunesmith.pipeline.pairs import prepare_pairs
     from tunesmith.screen import Screen
@@ -243,13 +259,16 @@ def test_a_reward_function_that_throws_is_told_and_counted_and_the_run_goes_on(
     policy: Callable[..., Raw], method: str, tmp_path: Path
 ) -> None:
     own = tmp_path / "own.py"
-    body = "    if sum(map(ord, answer)) % 4:\n        raise KeyError(answer)\n    return 1.0\n"
+    body = "    if sum(map(ord, answer)) % 4:\n        raise KeyError(answer)\n    return -9.0\n"
     own.write_text(f"def throws(answer, item):\n{body}", encoding="utf-8")
     told = io.StringIO()
     screen = Screen(console=Console(file=told, soft_wrap=True))
     folder = run(parse_recipe(policy(method, reward=f"{own}:throws")), screen=screen)
-    assert sum(line["unscored"] for line in read_json(folder.results)["rollouts"]) > 0
+    results = read_json(folder.results)
+    assert sum(line["unscored"] for line in results["rollouts"]) > 0
+    assert all(0 < arm["metrics"]["unscored"]["value"] < 1 for arm in results["arms"].values())
     lines = [line for line in told.getvalue().splitlines() if "an answer has no score" in line]
+    assert "counts -1, one with a score -9 on average: set reward.missing_end below your scores" in told.getvalue()
     assert len(set(lines)) == len(lines) == FIRST_PROBLEMS  # each once, and not thousands
     assert all(f"{own}:throws, item " in line and "the function fails: KeyError: " in line for line in lines)
 
@@ -304,6 +323,17 @@ def test_a_policy_without_what_it_needs_is_refused_before_a_folder_is_made(
     assert not Path(raw["out"]).exists()
 
 
+def test_the_reward_that_is_trained_on_is_no_judge(
+    policy: Callable[..., Raw], reward_run: RunFolder, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(reward_run.path, tmp_path / "copy")
+    shutil.rmtree(copy / JUDGE)  # as with preference.halves: false
+    raw = policy("ppo", reward={"by": str(copy), "judge": f"{tmp_path}/./copy"})
+    with pytest.raises(RecipeError, match=r"reward\.judge: the judge is the very model that is trained on"):
+        run(parse_recipe(raw))
+    assert not Path(raw["out"]).exists()
+
+
 def test_imitation_of_prompts_without_answers_is_refused(policy: Callable[..., Raw], tmp_path: Path) -> None:
     rows = tmp_path / "prompts.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"Say {n}"}) + "\n" for n in range(30)), encoding="utf-8")
@@ -343,6 +373,44 @@ def test_a_margin_that_is_no_number_names_its_row(common: Raw, choices: Path, tm
     with pytest.raises(TunesmithError, match="no number in the column 'gap'") as caught:
         run(parse_recipe(raw))
     assert f"{choices}:" in str(caught.value)
+
+
+def test_a_policy_goes_on_with_the_reward_model_that_it_began_with(
+    policy: Callable[..., Raw], reward_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        yield from itertools.islice(true_fit(*args, **kwargs), 1)
+        raise Killed
+
+    copy = shutil.copytree(reward_run.path, tmp_path / "reward")
+    raw = policy("ppo", reward=str(copy))
+    with monkeypatch.context() as patched:
+        patched.setattr("tunesmith.pipeline.loop.fit", dies)
+        with pytest.raises(Killed):
+            run(parse_recipe(raw))
+    shutil.rmtree(copy / REWARD)
+    shutil.copytree(copy / JUDGE, copy / REWARD)  # as after training it again
+    with pytest.raises(FolderError, match=r"the file of reward\.by \(reward\) has changed since this run began"):
+        run(parse_recipe(raw))
+
+
+@pytest.mark.parametrize("method", ["dpo", "ppo"])
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_held_out_prompt_without_room_for_an_answer_is_named(
+    policy: Callable[..., Raw], choices: Path, method: str, split: str, tmp_path: Path
+) -> None:
+    lines = choices.read_text(encoding="utf-8").splitlines(keepends=True)
+    files = {"train": "".join(lines[:80]), "valid": "".join(lines[80:100]), "test": "".join(lines[100:])}
+    files[split] = json.dumps({"prompt": "x" * 450, "chosen": "a", "rejected": "b"}) + "\n" + files[split]
+    for name, text in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    data = {name: str(tmp_path / f"{name}.jsonl") for name in files} | {"near_duplicates": 1.0}
+    raw = policy(method, data=data, task={"max_new_tokens": 64}, evaluate={"valid_rows": 40})
+    with pytest.raises(DataError, match=rf"{split}.jsonl:1: the prompt leaves no room for 64 tokens of answer"):
+        run(parse_recipe(raw))
 
 
 def test_a_policy_run_with_another_reward_is_another_run(policy: Callable[..., Raw], tmp_path: Path) -> None:

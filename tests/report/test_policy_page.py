@@ -268,6 +268,17 @@ def test_dpo_that_nothing_judged_claims_neither_wins_nor_losses(record: RunRecor
         assert claim not in text
 
 
+def test_dpo_judged_by_a_function_is_not_said_to_have_trained_on_it(record: RunRecord, text_of: Callable) -> None:
+    record.results.update({"method": "dpo", "win_rate_by": "reward", "task": {"metric": "reward"}})
+    for point in record.results["curve"]:
+        point["reward"] = point.pop("reward_score")
+        del point["judge_score"]
+    text = text_of(render_page(record))
+    assert "by the reward function" in text
+    for claim in ("trained on cannot show", "The reward that was trained on", "by the reward model"):
+        assert claim not in text
+
+
 def test_a_function_that_rewards_is_drawn_as_the_proxy(record: RunRecord) -> None:
     for point in record.results["curve"]:
         point["reward"] = point.pop("reward_score")

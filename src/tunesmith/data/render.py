@@ -61,6 +61,12 @@ def render_last(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, 
     return replace(example, weights=weights)
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> int:
+    """The token that every trained answer ends with; a model may be stopped by others too."""
+    turns = (Message(role="user", content="a"), Message(role="assistant", content="b"))
+    return int(render(Conversation(messages=turns, id="", source=""), tokenizer, eos_ids)[-1].tokens[-1])
+
+
 def unwritten(
     messages: Sequence[Message], tools: Sequence[Mapping[str, object]], tokenizer: PreTrainedTokenizerBase
 ) -> Literal["", "tool calls", "tool definitions"]:

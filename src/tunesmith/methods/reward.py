@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ..data.pack import pack_groups
+from ..data.render import end_of_turn
 from ..model.load import Model
 from ..model.score import score
 from ..tensors import Batch, LossTerms, Need, Scores
@@ -58,7 +59,12 @@ def read_there(batch: Batch) -> Batch:
 
 @torch.no_grad()
 def rewards(model: Model, answers: Sequence[Example]) -> np.ndarray:
-    """The reward [N] of each answer, which ends with its end of turn. Equal prompts are computed once a stream."""
+    """The reward [N] of each answer that has ended. Equal prompts are computed once a stream.
+
+    Where several tokens end an answer, each is read at the one that choices end with: at another, whose score was never
+    trained, a policy would find rewards for nothing.
+    """
+    end = end_of_turn(model.tokenizer, model.eos_ids)
     budget = SCORE_TOKENS if model.packs else 1
     alike: dict[bytes, list[int]] = {}
     for place, answer in enumerate(answers):
@@ -66,10 +72,14 @@ def rewards(model: Model, answers: Sequence[Example]) -> np.ndarray:
         alike.setdefault(prompt.tobytes(), []).append(place)
     groups = []
     for places in alike.values():
-        ended = [replace(at_the_end(answers[place]), id=str(place)) for place in places]
+        ended = [_ended(answers[place], end, str(place)) for place in places]
         groups += [ended[at : at + GROUP] for at in range(0, len(ended), GROUP)]
     found = np.zeros(len(answers))
     for batch in pack_groups(groups, budget_tokens=budget, share=model.packs):
         values = score(model, read_there(batch).to(model.device), VALUES).values
         found[[int(name) for name in batch.ids]] = values.double().cpu().numpy()
     return found
+
+
+def _ended(answer: Example, end: int, name: str) -> Example:
+    return replace(at_the_end(answer), tokens=np.append(answer.tokens[:-1], end), id=name)

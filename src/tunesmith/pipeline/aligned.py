@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from .. import __version__
 from ..data.read import read_choices
 from ..evaluate.choices import verdict_on_policy
 from ..evaluate.forgetting import forgotten, remember
-from ..evaluate.stats import contrast, estimate
+from ..evaluate.stats import contrast, estimate, win_rate
 from ..folder import read_json, read_jsonl, write_json, write_jsonl
 from ..model.adapters import load_adapter
 from ..model.load import Model, load
@@ -21,12 +23,12 @@ from ..recipe import Update
 from ..tensors import Loss, StepSource
 from ..train.meter import machine, reset_peak_memory
 from ..train.optim import Optimization
-from ..types import Estimate
+from ..types import UNSCORED, Estimate
 from ..world import World
 from .begin import Place, opened
 from .handed import hand_over
 from .loop import Undertaking, carry_out
-from .panel import Panel, Reference, Seen, at_temperature, look, wins
+from .panel import FUNCTION, Panel, Reference, Seen, at_temperature, look, wins
 from .prompts import Prompts
 from .results import lost_ability
 from .tune import Plan, account
@@ -65,6 +67,8 @@ def align(place: Place, base: Model, prompts: Prompts, panel: Panel, begin: Call
         on_valid = look(base, itself, panel, prompts, "valid", how, time.monotonic)
         remembered = remember(base, retention) if recipe.evaluate.forgetting else None
         screen.line(_told(before, panel))
+        if warning := _failing_pays(before, panel):
+            screen.warn(warning)
         screen.stage("Training", f"{recipe.method}, {update}")
         model, train, curve = _trained(place, base, prompts, panel, begin, on_valid)
         screen.stage("After", "the same prompts, the same random numbers")
@@ -165,8 +169,19 @@ def _described(line: Mapping[str, float]) -> str:
 
 
 def _told(seen: Seen, panel: Panel) -> str:
-    names = [*panel.rewards, *panel.grades, "length_tokens", "unended"]
-    return ", ".join(f"{name.replace('_', ' ')} {seen.scores[name].mean():.3f}" for name in names)
+    names = [*panel.rewards, *panel.grades, "length_tokens", "unended", UNSCORED]
+    told = [name for name in names if name in seen.scores]
+    return ", ".join(f"{name.replace('_', ' ')} {seen.scores[name].mean():.3f}" for name in told)
+
+
+def _failing_pays(seen: Seen, panel: Panel) -> str:
+    """What to tell the user where an answer that the function fails on counts more than one that it scores."""
+    failed = seen.scores.get(UNSCORED, np.zeros(1)) > 0
+    if not failed.any() or failed.all():
+        return ""
+    mean = seen.scores[FUNCTION][~failed].mean()
+    what = f"an answer without a score counts {panel.missing_end:g}, one with a score {mean:.3g} on average"
+    return f"{what}: set reward.missing_end below your scores" if mean < panel.missing_end else ""
 
 
 def _lines(seen: Seen) -> list[dict[str, Any]]:
@@ -207,7 +222,7 @@ def _results(
         }
     arms[update]["train"] = {key: value for key, value in train.items() if key != "predicted"}
     kl = estimate(after.kl, level, seed)
-    won = estimate(wins(after, before, panel.decides), level, seed) if panel.decides else None
+    won = win_rate(wins(after, before, panel.decides), level) if panel.decides else None
     rise = Estimate(**lost["general_loss"]["change"]) if lost else None
     by = {"judge_score": "judge", "reward_score": "reward model", "reward": "reward"}.get(panel.decides, "")
     limit = recipe.evaluate.forgetting_limit

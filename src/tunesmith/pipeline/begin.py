@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,22 @@ from ..folder import (
 from ..model.load import Model, load, resolve
 from ..model.pinned import base_problem, fingerprint
 from ..model.stored import FLOAT32
-from ..recipe import Recipe, dump_recipe
+from ..recipe import DataSpec, PolicySpec, Recipe, dump_recipe
 from ..screen import Screen
 from ..train.meter import machine
 from ..types import Grade, LedgerEntry
 from ..world import World
 from .prepare import fingerprints
 
+_SFT_ALONE = ("task.instructions", "task.shots", "data.rehearse")
+_OF_ROLLOUTS = tuple(f"policy.{key}" for key in PolicySpec.model_fields if key != "temperature")
+_OF_EPOCHS = ("train.epochs", "train.max_steps")
 UNREAD = {
     "sft": ("reward", "policy", "preference"),
-    "reward": ("reward", "policy"),
-    "dpo": (),
-    "ppo": ("preference",),
-    "grpo": ("preference",),
+    "reward": (*_SFT_ALONE, "reward", "policy", "preference.beta", "preference.loss", "preference.smoothing"),
+    "dpo": (*_SFT_ALONE, *_OF_ROLLOUTS, "preference.halves", "preference.margin", "preference.margin_scale"),
+    "ppo": (*_SFT_ALONE, *_OF_EPOCHS, "preference", "policy.group", "policy.advantage"),
+    "grpo": (*_SFT_ALONE, *_OF_EPOCHS, "preference", "policy.kl_target", "policy.value_start", "policy.mix"),
 }
 
 
@@ -98,8 +102,10 @@ def needs_held_out(recipe: Recipe) -> None:
 def checked(recipe: Recipe, root: Path, screen: Screen) -> dict[str, Grade]:
     """The metrics, found; keys that the method does not read are told. Raises RecipeError for what cannot be run."""
     needs_held_out(recipe)
+    untouched = Recipe(data=DataSpec(train=recipe.data.train))
     for key in UNREAD[recipe.method]:
-        if getattr(recipe, key) != Recipe.model_fields[key].get_default(call_default_factory=True):
+        given, default = (reduce(getattr, key.split("."), one) for one in (recipe, untouched))
+        if given != default:
             screen.warn(f"{key} has no effect with method: {recipe.method}")
     named = [recipe.task.metric, *recipe.task.also] if recipe.method == "sft" else recipe.task.also
     return {name: find_metric(name, recipe.task, root) for name in named}

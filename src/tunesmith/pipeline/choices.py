@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-import numpy as np
 import torch
 
 from ..data.curate import SPLITS
 from ..data.pack import pack_groups
-from ..data.render import prompt_tokens
 from ..methods.annotate import Group, annotate
 from ..methods.dpo import PreferenceLoss
 from ..methods.order import EpochSteps
@@ -23,7 +21,7 @@ from .begin import Place, checked, load_base, one_update
 from .pairs import Pairs, prepare_pairs
 from .panel import open_panel
 from .prepare import answer_room
-from .prompts import Prompts, asked_once, question
+from .prompts import Prompts, asked_once, longest_prompt, question
 from .tune import attach, optimization, planned
 
 REFERENCE = "reference"
@@ -101,12 +99,12 @@ def _asked(pairs: Pairs, place: Place, vocabulary: Vocabulary) -> Prompts:
     found = asked_once(every, pairs.unit, recipe, place.screen)
     answers = [int((e.weights > 0).sum()) for group in pairs.groups["train"] for e in group]
     room = recipe.task.max_new_tokens or answer_room(max(answers))
-    prompts = [len(prompt_tokens(item.prompt, vocabulary.tokenizer)) for item in found["test"]]
+    asked = [longest_prompt(found[name], pairs.rows[name], room, vocabulary) for name in ("valid", "test")]
     return Prompts(
         items=found,
         examples=(),
         max_new_tokens=room,
-        longest_tokens=int(np.max(prompts)) + room,
+        longest_tokens=max(asked) + room,
         census=pairs.census,
         ledger=pairs.ledger,
         unit=pairs.unit,

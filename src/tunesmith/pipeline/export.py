@@ -20,7 +20,7 @@ import torch
 
 from .. import __version__
 from ..data.layout import message_of
-from ..data.render import as_turn, render
+from ..data.render import as_turn, end_of_turn
 from ..errors import FolderError, ModelError, RecipeError, TunesmithError
 from ..evaluate.measure import scored
 from ..evaluate.metrics import MODEL_METRICS, find_metric
@@ -49,7 +49,7 @@ from ..recipe import Recipe, load_recipe
 from ..report.exports import export_sentence
 from ..report.page import write_report
 from ..screen import Screen
-from ..types import Contrast, Conversation, Item, Message
+from ..types import Contrast, Item
 from ..world import World
 from .again import open_model
 
@@ -245,7 +245,7 @@ def _write(job: Job, reference: Reference, vocabulary: Vocabulary, folder: Path)
         _write_merged(job, vocabulary, folder, {"f32": torch.float32, "bf16": torch.bfloat16}.get(job.type, torch.half))
         return folder
     target = folder / f"model-{job.type}.gguf"
-    end = _end_of_turn(vocabulary)
+    end = end_of_turn(vocabulary.tokenizer, vocabulary.eos_ids)
     with tempfile.TemporaryDirectory(dir=folder) as name:
         plain = Path(name)
         _write_merged(job, vocabulary, plain, torch.float32)
@@ -298,13 +298,6 @@ def _write_merged(job: Job, vocabulary: Vocabulary, folder: Path, dtype: torch.d
     found = read_json(generation) if generation.is_file() else {}
     kept = {key: value for key, value in found.items() if key.endswith("_token_id")}
     write_json(generation, {**kept, "eos_token_id": list(vocabulary.eos_ids)})
-
-
-def _end_of_turn(vocabulary: Vocabulary) -> int:
-    """The token that a trained answer ends with."""
-    turns = (Message(role="user", content="a"), Message(role="assistant", content="b"))
-    row = Conversation(messages=turns, id="", source="")
-    return int(render(row, vocabulary.tokenizer, vocabulary.eos_ids)[-1].tokens[-1])
 
 
 # Checking

@@ -11,7 +11,7 @@ import numpy as np
 from ..data.curate import SPLITS, Census, census, curate, drop_overlong
 from ..data.read import read, unread
 from ..data.render import render_last
-from ..data.split import Unit, prompt_key, split, uniform
+from ..data.split import Unit, observations, prompt_key, split, uniform
 from ..errors import DataError, RecipeError
 from ..methods.annotate import Group
 from ..methods.reward import at_the_end
@@ -115,7 +115,10 @@ def margin(row: Comparison, spec: PreferenceSpec) -> float:
 def halves(rows: Sequence[Comparison], seed: int) -> tuple[list[int], list[int]]:
     """Places of two halves that share no prompt; where prompts are few, no pair."""
     few = len({prompt_key(row) for row in rows}) < FEW_PROMPTS
-    keys = [uniform(f"half:{row.id if few else prompt_key(row)}", seed) for row in rows]
+    # Of several people's choices between two answers all go where the first does.
+    first: dict[str, str] = {}
+    same = [first.setdefault(each, row.id) for each, row in zip(observations(rows, "answer"), rows, strict=True)]
+    keys = [uniform(f"half:{pair if few else prompt_key(row)}", seed) for pair, row in zip(same, rows, strict=True)]
     order = np.argsort(np.array(keys), kind="stable")
     cut = len(order) // 2
     while 0 < cut < len(order) and keys[order[cut]] == keys[order[cut - 1]]:

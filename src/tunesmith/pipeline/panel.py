@@ -22,12 +22,13 @@ from ..model.sample import Sampling
 from ..recipe import Recipe
 from ..screen import Screen
 from ..train.meter import release_memory
-from ..types import UNENDED, Grade, Measurement
+from ..types import UNENDED, UNSCORED, Grade, Measurement
 from ..world import World
 from .prompts import Prompts
 from .reward import JUDGE, REWARD, load_reward
 
 SCORE_TOKENS = 4096
+FUNCTION = "reward"  # what a function's scores are called; a reward model's are reward_score
 MANY_ANSWERS = 16  # of which a function that works scores at least one
 Reference = Callable[[], AbstractContextManager[Model]]
 
@@ -81,7 +82,7 @@ def open_panel(recipe: Recipe, root: Path, policy: Model, world: World, stack: E
     judge = spec.judge
     if ".py:" in spec.by:
         worker = stack.enter_context(FunctionReward(spec.by, root, spec.seconds))
-        found["reward"] = _by_function(worker, screen)
+        found[FUNCTION] = _by_function(worker, screen)
     elif spec.by:
         found["reward_score"] = _by_model(_fitting(spec.by, REWARD, policy, world))
         judge = judge or (spec.by if (Path(spec.by) / JUDGE).is_dir() else "")
@@ -90,6 +91,9 @@ def open_panel(recipe: Recipe, root: Path, policy: Model, world: World, stack: E
         raise RecipeError(f"method {recipe.method} needs a reward", where="reward", fix=fix)
     if judge:
         which = JUDGE if (Path(judge) / JUDGE).is_dir() else REWARD
+        if which == REWARD and Path(judge).resolve() == Path(spec.by).resolve():
+            fix = f"Train {judge} with preference.halves: true, name another run, or leave reward.judge out."
+            raise RecipeError("the judge is the very model that is trained on", where="reward.judge", fix=fix)
         found["judge_score"] = _by_model(_fitting(judge, which, policy, world))
     grades = {name: find_metric(name, recipe.task, root) for name in recipe.task.also}
     return Panel(rewards=found, grades=grades, decides=list(found)[-1] if found else "", missing_end=spec.missing_end)
@@ -118,10 +122,10 @@ def look(
     with reference() as before:
         annotated = annotate(before, groups, {"log_probs": "reference"}, **warmth)
     kl = [float((e.extra["old_log_probs"] - e.extra["reference"])[e.weights > 0].sum()) for (e,) in annotated]
-    scores = {
-        name: np.array([s if math.isfinite(s) else panel.missing_end for s in reward(answers)])
-        for name, reward in panel.rewards.items()
-    }
+    given = {name: np.array(reward(answers)) for name, reward in panel.rewards.items()}
+    scores = {name: np.where(np.isfinite(each), each, panel.missing_end) for name, each in given.items()}
+    if FUNCTION in given:
+        scores[UNSCORED] = 1.0 - np.isfinite(given[FUNCTION])
     texts = [answer.completion.text.strip() for answer in answers]
     scores |= {name: np.array(grade(items, texts), dtype=np.float64) for name, grade in panel.grades.items()}
     scores |= {

@@ -21,7 +21,7 @@ from ..data.store import View, join
 from ..errors import DataError
 from ..evaluate.lookup import MOST_ROWS
 from ..evaluate.metrics import MODEL_METRICS, READING_METRICS, WHOLE_ANSWER_METRICS, find_metric
-from ..folder import sha256_file
+from ..folder import MANIFEST, sha256_file
 from ..model.load import Vocabulary
 from ..recipe import Recipe, TaskSpec
 from ..screen import Screen
@@ -130,8 +130,8 @@ def check_reference(row: Conversation, item: Item, task: TaskSpec) -> None:
 def fingerprints(recipe: Recipe, root: Path) -> dict[str, str]:
     """SHA-256 of each local file that the recipe names, by key: a run goes on only with what it began with.
 
-    Rows, and the user's own metrics and reward relative to `root` (the recipe's folder): arms graded by two versions of
-    a metric cannot be compared. What such a file imports is not looked at.
+    Rows, the manifests of reward models, and the user's own metrics and reward relative to `root` (the recipe's
+    folder): arms graded by two versions of a metric cannot be compared. What such a file imports is not looked at.
     """
     data, task = recipe.data, recipe.task
     named = {
@@ -144,6 +144,9 @@ def fingerprints(recipe: Recipe, root: Path) -> dict[str, str]:
     own = {"task.metric": task.metric, **{f"task.also[{i}]": name for i, name in enumerate(task.also)}}
     own["reward.by"] = recipe.reward.by
     files |= {key: root / name.rpartition(":")[0] for key, name in own.items() if ".py:" in name}
+    models = {"reward.by": recipe.reward.by, "reward.judge": recipe.reward.judge}
+    made = [(key, name, which) for key, name in models.items() for which in ("reward", "judge")]
+    files |= {f"{key} ({which})": Path(name) / which / MANIFEST for key, name, which in made if name}
     return {key: sha256_file(path) for key, path in files.items() if path.is_file()}
 
 

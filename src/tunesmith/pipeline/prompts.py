@@ -69,12 +69,8 @@ def prepare_prompts(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> P
     found = asked_once({name: tuple(map(question, part)) for name, part in rows.items()}, whole.unit, recipe, screen)
     examples = tuple(example(row, vocabulary) for row in rows["train"] if _answer(row))
     longest = max((int((e.weights > 0).sum()) for e in examples), default=ANSWER_TOKENS)
-    prompts = [len(prompt_tokens(item.prompt, vocabulary.tokenizer, item.tools)) for item in found["train"]]
     room = recipe.task.max_new_tokens or answer_room(longest)
-    if max(prompts) + room > vocabulary.context_tokens:
-        fix = "Shorten it, or lower task.max_new_tokens."
-        where = rows["train"][int(np.argmax(prompts))].source
-        raise DataError(f"the prompt leaves no room for {room} tokens of answer", where=where, fix=fix)
+    asked = {name: longest_prompt(found[name], rows[name], room, vocabulary) for name in SPLITS}
     counted = census(whole, kept, ledger)
     screen.line(
         f"{len(found['train'])} prompts to learn on, {len(found['valid'])} to choose by, {len(found['test'])} to judge "
@@ -84,7 +80,7 @@ def prepare_prompts(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> P
         items=found,
         examples=examples,
         max_new_tokens=room,
-        longest_tokens=max(prompts) + room,
+        longest_tokens=asked["train"] + room,
         census=counted,
         ledger=ledger,
         unit=whole.unit,
@@ -108,6 +104,17 @@ def asked_once(
             screen.line(f"{len(items[name])} {name} rows ask {len(once)} prompts; each is asked once")
         found[name] = tuple(once.values())[:limit]
     return found
+
+
+def longest_prompt(items: Sequence[Item], rows: Sequence[Row], room: int, vocabulary: Vocabulary) -> int:
+    """Tokens of the longest prompt. Raises DataError naming its row where the context leaves no `room` to answer it."""
+    lengths = [len(prompt_tokens(item.prompt, vocabulary.tokenizer, item.tools)) for item in items]
+    longest = int(np.argmax(lengths))
+    if lengths[longest] + room > vocabulary.context_tokens:
+        fix = "Shorten it, or lower task.max_new_tokens."
+        where = next(row.source for row in rows if row.id == items[longest].id)
+        raise DataError(f"the prompt leaves no room for {room} tokens of answer", where=where, fix=fix)
+    return lengths[longest]
 
 
 def question(row: Row) -> Item:

@@ -106,7 +106,8 @@ def _followed(run: RunRecord) -> str:
     proxy_key = next((key for key in _PROXIES if _with(points, key)), _PROXIES[0])
     chosen, both = _chosen(points), _with(_with(points, "judge_score"), proxy_key)
     if not _with(points, "judge_score"):
-        return "The reward that was trained on, with no judge beside it"
+        trained = "The reward that was trained on, with no judge beside it"
+        return trained if run.method != "dpo" else "Mean score by distance from the base"
     if not both or chosen not in both:
         return "Judge and proxy by distance from the base"
     first, last = both[0], both[-1]

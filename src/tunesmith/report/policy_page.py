@@ -125,9 +125,11 @@ def _base(run: RunRecord) -> str:
 
 def _judge(run: RunRecord) -> str:
     """Who compared the answers."""
-    if part(run.results, "win_rate_by") in (None, "judge"):
+    by = part(run.results, "win_rate_by")
+    if by in (None, "judge"):
         return "the judge"
-    return "the reward model" if run.method == "dpo" else "the reward it was trained on"
+    learned = "the reward function" if by == "reward" else "the reward model"
+    return learned if run.method == "dpo" else "the reward it was trained on"
 
 
 def _is_judged(run: RunRecord) -> bool:

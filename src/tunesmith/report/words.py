@@ -12,7 +12,16 @@ ABSENT = "–"
 MINUS, NO_BREAK = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 # Metrics between 0 and 1: shown as percentages, their differences as points.
 SHARES = frozenset(
-    {*TEXT_METRICS, "choice_accuracy", "pair_accuracy", "general_accuracy", "win_rate", "repetition", "unended"}
+    {
+        *TEXT_METRICS,
+        "choice_accuracy",
+        "pair_accuracy",
+        "general_accuracy",
+        "win_rate",
+        "repetition",
+        "unended",
+        "unscored",
+    }
 )
 METHODS = {"sft": "SFT", "reward": "reward model", "dpo": "DPO", "ppo": "PPO", "grpo": "GRPO"}
 _METRICS = {
@@ -21,6 +30,7 @@ _METRICS = {
     "reward_score": "reward score",
     "length_tokens": "answer tokens",
     "unended": "cut off",
+    "unscored": "no score",
     "win_rate": "win rate",
     "general_loss": "general loss",
     "general_accuracy": "general accuracy",
