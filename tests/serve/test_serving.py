@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -24,8 +25,11 @@ from hypothesis import strategies as st
 import tunesmith.cli
 from tunesmith.errors import TunesmithError
 from tunesmith.folder import write_json
+from tunesmith.serve.asking import answered, chat_question
+from tunesmith.serve.bodies import ChatBody
 from tunesmith.serve.engine import Limits
 from tunesmith.serve.hall import line_up, opened
+from tunesmith.serve.problems import Problem
 from tunesmith.serve.start import MOST_BODY_BYTES, Door, gate_for
 from tunesmith.world import World
 
@@ -248,6 +252,25 @@ def test_an_adapter_comes_while_others_are_answered_and_goes(runs: Runs, serve: 
         until(lambda: all(set(layer.low_rank) <= {"a#1"} for layer in engine.adapters.layers.values()), server)
         for name in ("new", "lively"):
             assert http.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 400
+
+
+def test_a_request_whose_adapter_goes_while_its_turns_are_read_is_404_and_ends_no_other(
+    runs: Runs, serve: Serve
+) -> None:
+    server = serve(runs.a, runs.b)
+    hall = server.hall
+
+    async def asked_too_late() -> int:
+        question = await chat_question(ChatBody(**QUESTION), hall)
+        hall.remove("a")
+        with pytest.raises(Problem) as caught:
+            await anext(answered(hall.engine, question))
+        return caught.value.status
+
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        assert asyncio.run(asked_too_late()) == 404
+        until(lambda: hall.engine.adapters.known == {"b#2"}, server)
+        assert http.post(CHAT, json={**QUESTION, "model": "b"}).status_code == 200
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a b", "-x", "x" * 200])
