@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -415,18 +416,23 @@ def command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
+def address_of(process: subprocess.Popen[str]) -> str:
+    """Where it listens, once it does."""
+    assert process.stderr
+    while True:
+        line = process.stderr.readline()
+        assert line, process.wait()
+        assert KEY not in line
+        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+            return found[0]
+
+
 @pytest.mark.slow
 def test_sigterm_lets_answers_under_way_end_and_no_new_one_begin(
     command: Callable[..., subprocess.Popen[str]], runs: Runs
 ) -> None:
     process = command(runs.a, "--port", "0", "--context", "512", TUNESMITH_KEY=KEY)
-    assert process.stderr
-    address = ""
-    while not address:
-        line = process.stderr.readline()
-        assert line, process.wait()
-        address = found[0] if (found := re.search(r"http://127\.0\.0\.1:\d+", line)) else ""
-        assert KEY not in line
+    address = address_of(process)
     own = {"authorization": f"Bearer {KEY}"}
     asked = {"model": "a", "prompt": "abc", "max_tokens": 400, "temperature": 1.5, "seed": 1, "n": 16, "stream": True}
     with httpx.Client(base_url=address, headers=own, timeout=60) as http:
@@ -441,8 +447,29 @@ def test_sigterm_lets_answers_under_way_end_and_no_new_one_begin(
     _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert "Traceback" not in said
+    assert "every accepted answer was finished" in said
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{address}/health")
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_at_once_and_says_what_was_cut_off(
+    command: Callable[..., subprocess.Popen[str]], runs: Runs
+) -> None:
+    process = command(runs.a, "--port", "0", "--context", "512")
+    address = address_of(process)
+    asked = {"model": "a", "prompt": "abc", "max_tokens": 500, "temperature": 1.5, "n": 16, "stream": True}
+    with httpx.stream("POST", f"{address}/v1/completions", json=asked, timeout=60) as response:
+        assert next(response.iter_lines()).startswith("data: ")
+        process.send_signal(signal.SIGINT)
+        with suppress(httpx.TransportError):  # it is heard once the door is closed
+            while True:
+                httpx.get(f"{address}/health")
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "answers under way are cut off" in said
+    assert "every accepted answer was finished" not in said
 
 
 @pytest.mark.slow
