@@ -22,7 +22,7 @@ from openai.types.fine_tuning import FineTuningJob
 from tunesmith.data.read import read
 from tunesmith.errors import FolderError
 from tunesmith.recipe import DataSpec
-from tunesmith.serve.jobs import add_job, find_job, move, open_store
+from tunesmith.serve.jobs import FILE_NAME, add_job, find_job, move, open_store
 from tunesmith.serve.room import fits, has_room
 from tunesmith.serve.tuning import held
 from tunesmith.serve.workers import problem_in
@@ -489,6 +489,12 @@ def test_of_a_cancel_and_an_end_at_one_time_only_one_wins(tmp_path: Path) -> Non
         assert sorted(way.result() for way in ways) == [False, True]
     assert find_job(store, "ftjob-0").finished
     store.db.close()
+
+
+def test_a_file_of_jobs_that_is_no_database_is_one_clear_message(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"no database" * 100)
+    with pytest.raises(FolderError, match="not a database"):
+        open_store(tmp_path)
 
 
 def test_a_second_server_on_the_same_jobs_is_refused(tmp_path: Path) -> None:
