@@ -349,6 +349,11 @@ def test_runs_that_cannot_share_a_server_are_refused(runs: Runs, finished_run: P
             line_up([str(name) for name in names], update)
 
 
+def test_a_base_named_by_a_dot_has_its_folders_name(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs.base)
+    assert line_up(["."], "").name == "lively"
+
+
 def test_a_fully_tuned_run_is_served_alone_by_its_own_name(finished_run: Path) -> None:
     hall = opened(line_up([str(finished_run.parent / "run")], "full"), Limits(), World())
     try:

@@ -132,7 +132,7 @@ def line_up(names: Sequence[str], update: str) -> Lineup:
     if strange:
         what = f"an adapter of {strange[0].base}, not of {source}"
         raise ModelError(what, where=str(strange[0].path), fix="Start a server for each base.")
-    name = full.name if full else Path(source).name
+    name = full.name if full else Path(source).absolute().name  # of "." too
     if not full and name in {run.name for run in runs}:
         raise FolderError("a run has the name of its base", where=name, fix="Rename the folder.")
     return Lineup(source=source, base=base, name=name, adapters=() if full else tuple(runs))
