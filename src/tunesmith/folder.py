@@ -109,8 +109,9 @@ def cache_folder() -> Path:
 
 
 def is_run_folder(path: Path) -> bool:
-    """Whether `path` is a folder that a run made."""
-    return RunFolder(path=path).recipe.is_file()
+    """Whether `path` is a folder that a run made. Raises FolderError where nobody may look."""
+    with storage_errors(path):
+        return RunFolder(path=path).recipe.is_file()
 
 
 def only_begun(folder: RunFolder) -> bool:

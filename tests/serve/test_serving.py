@@ -283,6 +283,8 @@ def test_an_adapters_name_is_plain(name: str, http: httpx.Client, runs: Runs) ->
 def broken(runs: Runs, folder: Path, what: str) -> Path:
     """A copy of run b with something wrong."""
     path = folder / "copy"
+    if what == "too long a name":
+        return folder / ("x" * 300)
     if what == "absent":
         return path
     shutil.copytree(runs.b, path)
@@ -313,6 +315,7 @@ def broken(runs: Runs, folder: Path, what: str) -> Path:
 
 BROKEN = {
     "absent": "not a run folder",
+    "too long a name": "cannot be read",
     "unfinished": "not finished",
     "adapter gone": "it has no adapter/",
     "cut short": "bytes, not",
