@@ -260,7 +260,8 @@ def _reply(content: bytes, seconds: float) -> Reply:
         choice = body["choices"][0]
         message, why = choice["message"], choice.get("finish_reason")
         text, usage = message.get("content"), body.get("usage") or {}
-        read, written = (int(usage[key]) if key in usage else None for key in ("prompt_tokens", "completion_tokens"))
+        counts = (usage.get(key) for key in ("prompt_tokens", "completion_tokens"))
+        read, written = (None if count is None else int(count) for count in counts)
         if why == "content_filter" or message.get("refusal") or not isinstance(text, str):
             refusal = str(message.get("refusal") or why or "no text")[:200]
             return Reply(text="", refusal=refusal, prompt_tokens=read, completion_tokens=written, seconds=seconds)
