@@ -21,11 +21,12 @@ from openai.types.fine_tuning import FineTuningJob
 
 from tunesmith.data.read import read
 from tunesmith.errors import FolderError
+from tunesmith.folder import RunFolder, write_json, write_jsonl
 from tunesmith.recipe import DataSpec
-from tunesmith.serve.jobs import FILE_NAME, add_job, find_job, move, open_store
+from tunesmith.serve.jobs import FILE_NAME, add_job, find_job, list_events, move, open_store
 from tunesmith.serve.room import fits, has_room
 from tunesmith.serve.tuning import held
-from tunesmith.serve.workers import problem_in
+from tunesmith.serve.workers import Watch, problem_in
 from tunesmith.types import Comparison
 
 if TYPE_CHECKING:
@@ -357,6 +358,20 @@ def test_why_a_worker_ended_is_read_from_its_log(log: str, code: int, kind: str,
     path = tmp_path / "log.txt"
     path.write_text("error of an earlier worker\n" + log)
     assert problem_in(path, 27, code) == {"code": kind, "message": message, "param": None}
+
+
+def test_steps_are_watched_on_where_a_worker_that_died_left_none(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    add_job(store, "ftjob-0", {"training_file": "file-x"}, "m", None)
+    run = RunFolder(path=store.run("ftjob-0"))
+    write_json(run.plan, {"arms": {}})
+    watch = Watch(store, "ftjob-0")
+    for steps in ([1, 2], [], [1]):  # without a checkpoint, the next worker cuts all lines and begins again
+        write_jsonl(run.metrics, [{"arm": "lora", "step": step, "loss": 0.5} for step in steps])
+        watch.look()
+    said = [event.message for event in list_events(store, "ftjob-0") if event.data]
+    assert (said, watch.furthest) == (["Step 2: training loss=0.5000", "Step 1: training loss=0.5000"], 2)
+    store.db.close()
 
 
 @pytest.mark.slow
