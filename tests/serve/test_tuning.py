@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -213,6 +215,22 @@ NO_FILE = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tu
 )
 def test_a_body_that_is_no_whole_form_is_refused(body: bytes, kind: str, status: int, http: httpx.Client) -> None:
     assert http.post("/v1/files", content=body, headers={"content-type": kind}).status_code == status
+
+
+def test_an_upload_that_is_broken_off_is_no_failure_of_the_server(shop: Serving, http: httpx.Client) -> None:
+    def uploads() -> list[str]:
+        found = re.findall(
+            r'requests_total{method="POST",route="/v1/files",status="(.*)"} (.*)', http.get("/metrics").text
+        )
+        return [status for status, number in found for _ in range(int(float(number)))]
+
+    before, end = uploads(), time.monotonic() + 60
+    lines = ["POST /v1/files HTTP/1.1", "Host: localhost", f"Content-Type: {FORM}", "Content-Length: 5000", "", ""]
+    with socket.create_connection(("127.0.0.1", int(shop.url.rsplit(":", 1)[1]))) as connection:
+        connection.sendall("\r\n".join(lines).encode() + CUT)
+    while len(after := uploads()) == len(before):
+        assert time.monotonic() < end
+    assert sorted(after) == sorted([*before, "400"])
 
 
 def test_one_key_makes_one_file_and_one_job(client: OpenAI, shop: Serving) -> None:
