@@ -64,6 +64,11 @@ def test_a_file_in_the_way_is_an_error_not_a_traceback(tmp_path: Path) -> None:
             open_run(path, RECIPE)
 
 
+def test_a_path_that_cannot_be_looked_at_is_an_error_not_a_traceback(tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match="cannot be read"):
+        disk.is_run_folder(tmp_path / ("x" * 300))
+
+
 def test_a_damaged_recipe_is_reported(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("a: [")
     with pytest.raises(FolderError, match="damaged"):

@@ -109,8 +109,9 @@ def cache_folder() -> Path:
 
 
 def is_run_folder(path: Path) -> bool:
-    """Whether `path` is a folder that a run made."""
-    return RunFolder(path=path).recipe.is_file()
+    """Whether `path` is a folder that a run made. Raises FolderError where nobody may look."""
+    with storage_errors(path):
+        return RunFolder(path=path).recipe.is_file()
 
 
 def only_begun(folder: RunFolder) -> bool:
@@ -394,7 +395,6 @@ def _cut_torn_line(file: Any) -> None:
     """Truncate an open file to its last newline."""
     end = file.seek(0, os.SEEK_END)
     file.seek(max(end - 1, 0))
-    if not end or file.read(1) == b"\n":
-        return
-    file.seek(0)
-    file.truncate(file.read().rfind(b"\n") + 1)
+    if end and file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)

@@ -198,6 +198,15 @@ def test_what_is_refused_of_one_question_is_its_reply(chat_server: Any) -> None:
     assert ask(chat_server, 1)["q0"].stop == "length"
 
 
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None, "completion_tokens": None}], ids=str)
+def test_a_teacher_that_does_not_count_its_tokens_has_answered_all_the_same(chat_server: Any, usage: Any) -> None:
+    choice = {"message": {"role": "assistant", "content": "word"}, "finish_reason": "stop"}
+    chat_server.faults.append((200, {}, {"choices": [choice], "usage": usage}))
+    reply = ask(chat_server, 1)["q0"]
+    assert (reply.text, reply.prompt_tokens, reply.completion_tokens) == ("word", None, None)
+    assert len(chat_server.asked) == 1
+
+
 def test_no_more_requests_are_under_way_than_allowed(chat_server: Any) -> None:
     under_way, most, lock, all_here = 0, 0, threading.Lock(), threading.Barrier(3)
 

@@ -152,6 +152,21 @@ def test_prompts_whose_tools_the_template_leaves_out_are_not_drawn(
         draw_pairs(recipe, (recipe.base, recipe.base), 10, store, QUIET)
 
 
+def test_prompts_with_tools_are_drawn_and_it_is_said_that_choices_leave_the_tools_out(
+    tmp_path: Path, tiny_recipe: Make, tools_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    rows = [{"prompt": f"Say {n}", "completion": "x", **({"tools": tools} if n % 2 else {})} for n in range(20)]
+    changes = {"base": str(tools_model_folder), "data.train": rows_file(tmp_path / "rows.jsonl", *rows)}
+    recipe = parse_recipe(tiny_recipe(changes))
+    asked = draw.asked_prompts(recipe)[:6]
+    with opened(tmp_path / "store", create=True) as store:
+        draw_pairs(recipe, (recipe.base, recipe.base), 6, store, Screen())
+    count = sum(bool(one.tools) for one in asked)
+    said = f"{count} prompts have tools, which raters do not see and exported choices leave out"
+    assert said in capsys.readouterr().err
+
+
 def test_a_drawing_that_was_stopped_goes_on_and_ends_with_the_same_pairs(
     tmp_path: Path, tiny_recipe: Make, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

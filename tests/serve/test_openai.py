@@ -338,6 +338,16 @@ def test_completions_list_log_probabilities_and_stream(client: OpenAI) -> None:
     ] == (words.tokens)
 
 
+def test_of_rivals_that_are_spelled_alike_the_likeliest_is_listed(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "a", "prompt": "abc", "temperature": 0, "max_tokens": 64, "logprobs": 5}
+    words = client.completions.create(**asked).choices[0].logprobs
+    assert words
+    assert words.top_logprobs
+    assert any(len(rivals) < 5 for rivals in words.top_logprobs)  # halves of characters are all shown as one sign
+    greedy = [rivals[text] for text, rivals in zip(words.tokens or [], words.top_logprobs, strict=True)]
+    assert greedy == words.token_logprobs
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +26,11 @@ from hypothesis import strategies as st
 import tunesmith.cli
 from tunesmith.errors import TunesmithError
 from tunesmith.folder import write_json
+from tunesmith.serve.asking import answered, chat_question
+from tunesmith.serve.bodies import ChatBody
 from tunesmith.serve.engine import Limits
 from tunesmith.serve.hall import line_up, opened
+from tunesmith.serve.problems import Problem
 from tunesmith.serve.start import MOST_BODY_BYTES, Door, gate_for
 from tunesmith.world import World
 
@@ -250,6 +255,25 @@ def test_an_adapter_comes_while_others_are_answered_and_goes(runs: Runs, serve: 
             assert http.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 400
 
 
+def test_a_request_whose_adapter_goes_while_its_turns_are_read_is_404_and_ends_no_other(
+    runs: Runs, serve: Serve
+) -> None:
+    server = serve(runs.a, runs.b)
+    hall = server.hall
+
+    async def asked_too_late() -> int:
+        question = await chat_question(ChatBody(**QUESTION), hall)
+        hall.remove("a")
+        with pytest.raises(Problem) as caught:
+            await anext(answered(hall.engine, question))
+        return caught.value.status
+
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        assert asyncio.run(asked_too_late()) == 404
+        until(lambda: hall.engine.adapters.known == {"b#2"}, server)
+        assert http.post(CHAT, json={**QUESTION, "model": "b"}).status_code == 200
+
+
 @pytest.mark.parametrize("name", ["", "../x", "a b", "-x", "x" * 200])
 def test_an_adapters_name_is_plain(name: str, http: httpx.Client, runs: Runs) -> None:
     refused = http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(runs.b)})
@@ -259,6 +283,8 @@ def test_an_adapters_name_is_plain(name: str, http: httpx.Client, runs: Runs) ->
 def broken(runs: Runs, folder: Path, what: str) -> Path:
     """A copy of run b with something wrong."""
     path = folder / "copy"
+    if what == "too long a name":
+        return folder / ("x" * 300)
     if what == "absent":
         return path
     shutil.copytree(runs.b, path)
@@ -289,6 +315,7 @@ def broken(runs: Runs, folder: Path, what: str) -> Path:
 
 BROKEN = {
     "absent": "not a run folder",
+    "too long a name": "cannot be read",
     "unfinished": "not finished",
     "adapter gone": "it has no adapter/",
     "cut short": "bytes, not",
@@ -323,6 +350,11 @@ def test_runs_that_cannot_share_a_server_are_refused(runs: Runs, finished_run: P
     ]:
         with pytest.raises(TunesmithError, match=why):
             line_up([str(name) for name in names], update)
+
+
+def test_a_base_named_by_a_dot_has_its_folders_name(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs.base)
+    assert line_up(["."], "").name == "lively"
 
 
 def test_a_fully_tuned_run_is_served_alone_by_its_own_name(finished_run: Path) -> None:
@@ -392,18 +424,23 @@ def command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
+def address_of(process: subprocess.Popen[str]) -> str:
+    """Where it listens, once it does."""
+    assert process.stderr
+    while True:
+        line = process.stderr.readline()
+        assert line, process.wait()
+        assert KEY not in line
+        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+            return found[0]
+
+
 @pytest.mark.slow
 def test_sigterm_lets_answers_under_way_end_and_no_new_one_begin(
     command: Callable[..., subprocess.Popen[str]], runs: Runs
 ) -> None:
     process = command(runs.a, "--port", "0", "--context", "512", TUNESMITH_KEY=KEY)
-    assert process.stderr
-    address = ""
-    while not address:
-        line = process.stderr.readline()
-        assert line, process.wait()
-        address = found[0] if (found := re.search(r"http://127\.0\.0\.1:\d+", line)) else ""
-        assert KEY not in line
+    address = address_of(process)
     own = {"authorization": f"Bearer {KEY}"}
     asked = {"model": "a", "prompt": "abc", "max_tokens": 400, "temperature": 1.5, "seed": 1, "n": 16, "stream": True}
     with httpx.Client(base_url=address, headers=own, timeout=60) as http:
@@ -418,8 +455,29 @@ def test_sigterm_lets_answers_under_way_end_and_no_new_one_begin(
     _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert "Traceback" not in said
+    assert "every accepted answer was finished" in said
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{address}/health")
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_at_once_and_says_what_was_cut_off(
+    command: Callable[..., subprocess.Popen[str]], runs: Runs
+) -> None:
+    process = command(runs.a, "--port", "0", "--context", "512")
+    address = address_of(process)
+    asked = {"model": "a", "prompt": "abc", "max_tokens": 500, "temperature": 1.5, "n": 16, "stream": True}
+    with httpx.stream("POST", f"{address}/v1/completions", json=asked, timeout=60) as response:
+        assert next(response.iter_lines()).startswith("data: ")
+        process.send_signal(signal.SIGINT)
+        with suppress(httpx.TransportError):  # it is heard once the door is closed
+            while True:
+                httpx.get(f"{address}/health")
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "answers under way are cut off" in said
+    assert "every accepted answer was finished" not in said
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -21,11 +23,12 @@ from openai.types.fine_tuning import FineTuningJob
 
 from tunesmith.data.read import read
 from tunesmith.errors import FolderError
+from tunesmith.folder import RunFolder, write_json, write_jsonl
 from tunesmith.recipe import DataSpec
-from tunesmith.serve.jobs import add_job, find_job, move, open_store
+from tunesmith.serve.jobs import FILE_NAME, add_job, find_job, list_events, move, open_store
 from tunesmith.serve.room import fits, has_room
 from tunesmith.serve.tuning import held
-from tunesmith.serve.workers import problem_in
+from tunesmith.serve.workers import Watch, problem_in
 from tunesmith.types import Comparison
 
 if TYPE_CHECKING:
@@ -214,6 +217,22 @@ def test_a_body_that_is_no_whole_form_is_refused(body: bytes, kind: str, status:
     assert http.post("/v1/files", content=body, headers={"content-type": kind}).status_code == status
 
 
+def test_an_upload_that_is_broken_off_is_no_failure_of_the_server(shop: Serving, http: httpx.Client) -> None:
+    def uploads() -> list[str]:
+        found = re.findall(
+            r'requests_total{method="POST",route="/v1/files",status="(.*)"} (.*)', http.get("/metrics").text
+        )
+        return [status for status, number in found for _ in range(int(float(number)))]
+
+    before, end = uploads(), time.monotonic() + 60
+    lines = ["POST /v1/files HTTP/1.1", "Host: localhost", f"Content-Type: {FORM}", "Content-Length: 5000", "", ""]
+    with socket.create_connection(("127.0.0.1", int(shop.url.rsplit(":", 1)[1]))) as connection:
+        connection.sendall("\r\n".join(lines).encode() + CUT)
+    while len(after := uploads()) == len(before):
+        assert time.monotonic() < end
+    assert sorted(after) == sorted([*before, "400"])
+
+
 def test_one_key_makes_one_file_and_one_job(client: OpenAI, shop: Serving) -> None:
     again = {"extra_headers": {"Idempotency-Key": "file-1"}}
     file = upload(client, **again)
@@ -359,6 +378,20 @@ def test_why_a_worker_ended_is_read_from_its_log(log: str, code: int, kind: str,
     assert problem_in(path, 27, code) == {"code": kind, "message": message, "param": None}
 
 
+def test_steps_are_watched_on_where_a_worker_that_died_left_none(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    add_job(store, "ftjob-0", {"training_file": "file-x"}, "m", None)
+    run = RunFolder(path=store.run("ftjob-0"))
+    write_json(run.plan, {"arms": {}})
+    watch = Watch(store, "ftjob-0")
+    for steps in ([1, 2], [], [1]):  # without a checkpoint, the next worker cuts all lines and begins again
+        write_jsonl(run.metrics, [{"arm": "lora", "step": step, "loss": 0.5} for step in steps])
+        watch.look()
+    said = [event.message for event in list_events(store, "ftjob-0") if event.data]
+    assert (said, watch.furthest) == (["Step 2: training loss=0.5000", "Step 1: training loss=0.5000"], 2)
+    store.db.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("grader", [NEAR, PYTHON], ids=lambda grader: grader["type"])
 def test_a_reinforcement_job_ends_in_a_model_that_answers(
@@ -489,6 +522,12 @@ def test_of_a_cancel_and_an_end_at_one_time_only_one_wins(tmp_path: Path) -> Non
         assert sorted(way.result() for way in ways) == [False, True]
     assert find_job(store, "ftjob-0").finished
     store.db.close()
+
+
+def test_a_file_of_jobs_that_is_no_database_is_one_clear_message(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"no database" * 100)
+    with pytest.raises(FolderError, match="not a database"):
+        open_store(tmp_path)
 
 
 def test_a_second_server_on_the_same_jobs_is_refused(tmp_path: Path) -> None:

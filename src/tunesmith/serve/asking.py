@@ -18,7 +18,7 @@ from ..errors import DataError
 from ..model.sample import Row, Sampling
 from ..texts import text_tokens
 from .bodies import ChatBody, CompletionBody
-from .engine import Asked, BusyError, Drawn, Engine, Tell
+from .engine import Asked, BusyError, Drawn, Engine, GoneError, Tell
 from .hall import Hall, Served
 from .problems import Problem
 from .words import Said, Speaker
@@ -97,8 +97,12 @@ async def completion_question(body: CompletionBody, hall: Hall) -> Question:
 def find_served(name: str, hall: Hall) -> Served:
     """The model of that name. Raises Problem."""
     if name not in hall.served:
-        raise Problem(404, "no model of this name is served", param="model", code="model_not_found")
+        raise _unknown()
     return hall.served[name]
+
+
+def _unknown() -> Problem:
+    return Problem(404, "no model of this name is served", param="model", code="model_not_found")
 
 
 def _question(
@@ -136,7 +140,7 @@ def _question(
 async def answered(engine: Engine, question: Question) -> AsyncGenerator[Piece, None]:
     """A Piece for each token, as they are drawn. When the generator is closed, rows not finished free their slots.
 
-    Raises Problem where the queue is full or the model fails.
+    Raises Problem where the queue is full, the model was unloaded meanwhile, or it fails.
     """
     drawn: asyncio.Queue[tuple[int, Drawn]] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -146,6 +150,8 @@ async def answered(engine: Engine, question: Question) -> AsyncGenerator[Piece, 
         engine.ask(*asked)
     except BusyError:
         raise busy(engine) from None
+    except GoneError:
+        raise _unknown() from None
     unfinished = set(range(len(asked)))
     try:
         while unfinished:

@@ -57,6 +57,8 @@ def draw_pairs(
     asked = asked_prompts(recipe)[:count]
     if len(asked) < count:
         screen.warn(f"the training rows have {len(asked)} different prompts, not {count}")
+    if with_tools := sum(bool(one.tools) for one in asked):
+        screen.warn(f"{with_tools} prompts have tools, which raters do not see and exported choices leave out")
     how = Sampling(max_new_tokens=recipe.task.max_new_tokens or MAX_NEW_TOKENS, temperature=TEMPERATURE, batch=CHUNK)
     model, loaded = None, ""
     for side, name in zip(get_args(Side), models, strict=True):

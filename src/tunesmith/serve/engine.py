@@ -40,6 +40,10 @@ class BusyError(Exception):
     """More answers wait than may."""
 
 
+class GoneError(Exception):
+    """The adapter was removed before the row was asked."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """How much one server takes on: `rows` are answered side by side, `waiting` more may queue up; prompt and answer
@@ -86,7 +90,8 @@ class Engine:
         self.waiting: deque[Asked] = deque()
         self.live = self._fresh()
         self.asked: dict[Row, Asked] = {}
-        self._retired: set[str] = set()
+        self._removed: set[str] = set()  # as whoever asks knows it
+        self._retired: set[str] = set()  # of these, what rows under way may still use
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._open = True
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -95,9 +100,15 @@ class Engine:
     # From any thread
 
     def ask(self, *asked: Asked) -> None:
-        """Let rows wait their turn, all or none. Raises BusyError when the queue has no room for them."""
+        """Let rows wait their turn, all or none.
+
+        Raises BusyError when the queue has no room for them, GoneError when an adapter of theirs was removed: admitted,
+        such a row would end those beside it.
+        """
         if not self.has_room(len(asked)):
             raise BusyError
+        if not self._removed.isdisjoint(one.row.adapter for one in asked):
+            raise GoneError
         self.waiting.extend(asked)
         self._inbox.put(_nothing)  # wakes the thread
 
@@ -128,7 +139,8 @@ class Engine:
         return self.do(lambda: self.adapters.add(name, adapter))
 
     def remove_adapter(self, name: str) -> None:
-        """Forget an adapter once the rows that use it have ended."""
+        """Take no more rows for an adapter, and forget it once those that use it have ended; call it where `ask` is."""
+        self._removed.add(name)
         self.do(lambda: self._retired.add(name))
 
     def close(self) -> None:

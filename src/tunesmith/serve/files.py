@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from ..data.files import records
 from ..errors import DataError
@@ -188,13 +188,14 @@ async def _receive(request: Request, form: Form, most_bytes: int) -> None:
     declared = request.headers.get("content-length", "")
     too_large = declared.isdecimal() and int(declared) > most_bytes + MOST_FIELD_BYTES
     read = 0
-    async for data in request.stream():
-        read += len(data)
-        too_large = too_large or form.bytes > most_bytes
-        if not too_large:
-            form.write(data)
-        elif read > DRAINED * most_bytes:
-            break
+    with suppress(ClientDisconnect):  # the form is not complete then
+        async for data in request.stream():
+            read += len(data)
+            too_large = too_large or form.bytes > most_bytes
+            if not too_large:
+                form.write(data)
+            elif read > DRAINED * most_bytes:
+                break
     if too_large or form.bytes > most_bytes:
         raise Problem(413, f"the file is larger than {most_bytes} bytes", param="file", code="file_too_large")
     if not form.complete:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from ..errors import FolderError, ModelError, RecipeError
-from ..folder import RunFolder, is_run_folder, manifest_problem, read_json
+from ..folder import RunFolder, is_run_folder, manifest_problem, read_json, storage_errors
 from ..model.load import Model, load, resolve
 from ..model.peft_layout import Adapter, read_adapter
 from ..model.pinned import check_base
@@ -77,7 +77,8 @@ class Hall:
     def prepared(self, path: Path, name: str, update: str = "") -> Adapter:
         """Read a run's adapter from the disk. Raises TunesmithError unless it is a finished run of this base."""
         folder = RunFolder(path=path)
-        has_lora = folder.adapter.is_dir() or not folder.handed_over("economy").is_dir()
+        with storage_errors(path):
+            has_lora = folder.adapter.is_dir() or not folder.handed_over("economy").is_dir()
         tuned = tuned_run(path, update or ("lora" if has_lora else "economy"))
         if resolve(tuned.base).resolve() != self.base.resolve():
             fix = f"This server holds {self.base_name}; start another for {tuned.base}."
@@ -132,7 +133,7 @@ def line_up(names: Sequence[str], update: str) -> Lineup:
     if strange:
         what = f"an adapter of {strange[0].base}, not of {source}"
         raise ModelError(what, where=str(strange[0].path), fix="Start a server for each base.")
-    name = full.name if full else Path(source).name
+    name = full.name if full else Path(source).absolute().name  # of "." too
     if not full and name in {run.name for run in runs}:
         raise FolderError("a run has the name of its base", where=name, fix="Rename the folder.")
     return Lineup(source=source, base=base, name=name, adapters=() if full else tuple(runs))

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from ..errors import TunesmithError
 from .problems import Problem
-from .sqlite import connect, transaction
+from .sqlite import connect, sqlite_errors, transaction
 
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Level = Literal["info", "warn", "error"]
@@ -127,7 +127,9 @@ class Store:
 
 def open_store(folder: Path) -> Store:
     """The store in `folder`, made where there is none. Raises FolderError."""
-    return Store(folder=folder, db=connect(folder / FILE_NAME, _SCHEMA, SCHEMA_VERSION))
+    path = folder / FILE_NAME
+    with sqlite_errors(path, "Check the disk's space and permissions, or choose another folder."):
+        return Store(folder=folder, db=connect(path, _SCHEMA, SCHEMA_VERSION))
 
 
 @contextmanager

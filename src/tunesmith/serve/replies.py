@@ -119,7 +119,8 @@ def _words(words: Sequence[Word], shape: Shape, tokenizer: PreTrainedTokenizerBa
         ]
         return {"content": content, "refusal": None}
     texts = [_text(word.token, tokenizer) for word in words]
-    rivals = [{_text(token, tokenizer): _finite(log_prob) for token, log_prob in word.rivals} for word in words]
+    # Halves of characters are spelled alike, and the likeliest, which comes last here, stays.
+    rivals = [{_text(t, tokenizer): _finite(log_prob) for t, log_prob in word.rivals[::-1]} for word in words]
     return {
         "tokens": texts,
         "token_logprobs": [_finite(word.log_prob) for word in words],

@@ -77,8 +77,9 @@ def serve(
         if shop:
             screen.line(f"fine-tuning jobs in {shop.folder}, {shop.at_once} at once: {address}/jobs")
         _announce(hall, f"{address}/v1", screen)
-        run_server(hall, gate, server_socket, desk)
-    screen.line("every accepted answer was finished")
+        finished = run_server(hall, gate, server_socket, desk)
+    at_once = "ended at once: answers under way are cut off" + (", a job at work goes on by itself" if shop else "")
+    screen.line("every accepted answer was finished" if finished else at_once)
 
 
 def _vllm(engine: Engines, world: World, *, alone: bool, jobs: bool) -> str:
@@ -96,12 +97,13 @@ def _vllm(engine: Engines, world: World, *, alone: bool, jobs: bool) -> str:
     return program if engine == "vllm" or (world.device.type == "cuda" and alone and not jobs) else ""
 
 
-def run_server(hall: Hall, gate: Gate, server_socket: socket.socket, desk: Desk | None = None) -> None:
-    """Answer on the socket until a signal, then finish what was accepted."""
-    before = signal.signal(signal.SIGTERM, _drained)
+def run_server(hall: Hall, gate: Gate, server_socket: socket.socket, desk: Desk | None = None) -> bool:
+    """Answer on the socket until a signal, then finish what was accepted; False where a second Ctrl-C forbade that."""
+    server, before = http_server(hall, gate, desk), signal.signal(signal.SIGTERM, _drained)
     try:
         with suppress(KeyboardInterrupt):  # the usual way to stop
-            http_server(hall, gate, desk).run(sockets=[server_socket])
+            server.run(sockets=[server_socket])
+        return not server.force_exit
     finally:
         signal.signal(signal.SIGTERM, before)
         hall.engine.close()

@@ -239,7 +239,7 @@ class Watch:
             lines = read_jsonl(self.run.metrics)
             tell_numbers(self.store, self.name, [spoken(line, self._steps(line)) for line in lines[self._told :]])
             self._seen, self._told = (found.st_ino, found.st_size), len(lines)
-            self.furthest = max(self.furthest, *(line["step"] for line in lines))
+            self.furthest = max([self.furthest, *(line["step"] for line in lines)])
 
     def _steps(self, line: Mapping[str, Any]) -> int | None:
         return read_json(self.run.plan)["arms"].get(line["arm"], {}).get("steps")

@@ -79,9 +79,7 @@ def dry_run(
             return DryRun(**read_json(place), remembered=True)
     began = time.monotonic()
     found = _timed(model, source, loss, heaviest, spared)
-    if os.getloadavg()[0] > CROWDED * (
-        os.cpu_count() or 1
-    ):  # threads wait for each other: up to ten times as long
+    if os.getloadavg()[0] > CROWDED * (os.cpu_count() or 1):  # threads wait for each other: up to ten times as long
         return replace(found, crowded=True)
     if time.monotonic() - began > WORTH_KEEPING_SECONDS:
         with suppress(FolderError):
