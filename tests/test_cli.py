@@ -306,7 +306,7 @@ def test_a_folder_that_is_no_run_is_named(shell: Shell, words: list[str], said: 
 
 def test_an_unknown_update_and_missing_rows_are_named(shell: Shell, finished_run: Path) -> None:
     run, data = finished_run.with_name("run"), shell.write("one.jsonl", '{"prompt": "a", "completion": "b"}\n')
-    refused(shell("evaluate", run, "--data", data, "--update", "lara"), "--update: unknown update 'lara'")
+    refused(shell("evaluate", run, "--data", data, "--update", "lara"), "--update: the run has no update 'lara'")
     refused(shell("evaluate", run, "--data", "gone.jsonl"), "gone.jsonl: no such file")
 
 

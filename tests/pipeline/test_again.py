@@ -101,7 +101,7 @@ def test_each_update_opens_as_it_was_trained(finished_run: Path, tiny_model_fold
 
 def test_an_update_that_was_not_trained_is_told(copy: Path) -> None:
     shutil.rmtree(copy / "adapter")
-    with pytest.raises(FolderError, match="the run has no adapter/"):
+    with pytest.raises(FolderError, match="not what the run handed over: it is gone"):
         open_model(str(copy), World(), "lora")
 
 

@@ -316,8 +316,8 @@ def broken(runs: Runs, folder: Path, what: str) -> Path:
 BROKEN = {
     "absent": "not a run folder",
     "too long a name": "cannot be read",
-    "unfinished": "not finished",
-    "adapter gone": "it has no adapter/",
+    "unfinished": "has not finished",
+    "adapter gone": "it is gone",
     "cut short": "bytes, not",
     "another base": "another base|an adapter of",
     "reward": "gives scores",
@@ -345,8 +345,8 @@ def test_runs_that_cannot_share_a_server_are_refused(runs: Runs, finished_run: P
         ([runs.a, runs.a], "", "same name"),
         ([runs.a, runs.base], "", "not a run folder"),
         ([runs.a, full], "", "shares no base|an adapter of"),
-        ([full, runs.a], "full", "shares no base|has no model/"),
-        ([runs.a], "base", "unknown update"),
+        ([full, runs.a], "full", "has no update 'full'"),
+        ([runs.a], "base", "has no update 'base'"),
     ]:
         with pytest.raises(TunesmithError, match=why):
             line_up([str(name) for name in names], update)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -23,11 +23,11 @@ from ..evaluate.systems import Prompting
 from ..folder import RunFolder, is_run_folder, read_json, read_jsonl, sha256_file, write_json
 from ..model.load import Model, load
 from ..model.sample import Sampling, sample
-from ..recipe import DataSpec, Recipe, Update, load_recipe
+from ..recipe import DataSpec, Recipe, load_recipe
 from ..screen import Screen
 from ..types import UNENDED, Comparison, Conversation, Message, Row
 from ..world import World
-from .handed import open_made
+from .handed import made_by, open_made
 from .pairs import comparisons
 from .prepare import questions
 from .reward import agreement_with
@@ -39,22 +39,10 @@ def open_model(name: str, world: World, update: str = "") -> Model:
     path = Path(name)
     if not is_run_folder(path):
         return load(name, world)
-    folder, recipe = RunFolder(path=path), load_recipe(path / "recipe.yaml")
-    if recipe.method == "reward":
-        raise RecipeError("a reward model gives scores, not answers", where=name, fix="Name the run of a policy.")
-    wanted: Any = update or (read_json(folder.results)["subject"] if folder.results.is_file() else recipe.update[0])
-    if wanted not in (*get_args(Update), "base"):
-        raise RecipeError(f"unknown update {wanted!r}", where="--update", fix="Choose lora, full, economy or base.")
-    if wanted == "base":
+    if update == "base":
+        recipe = load_recipe(path / "recipe.yaml")
         return load(recipe.base, world, recipe.weights)
-    made = folder.handed_over(wanted)
-    if not made.is_dir():
-        raise FolderError(
-            f"the run has no {made.name}/",
-            where=name,
-            fix="Finish it with `tunesmith run`, or choose another --update.",
-        )
-    return open_made(folder, recipe, wanted, made, world)
+    return open_made(made_by(path, update), world)
 
 
 def evaluate_again(run_folder: Path, data: str, update: str, screen: Screen) -> dict[str, Any]:

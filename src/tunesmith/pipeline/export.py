@@ -27,10 +27,7 @@ from ..evaluate.metrics import MODEL_METRICS, find_metric
 from ..evaluate.parity import Bounds, Reference, ask_elsewhere, compare, differences, refer, run_elsewhere
 from ..evaluate.stats import contrast
 from ..folder import (
-    RunFolder,
-    is_run_folder,
     locked,
-    manifest_problem,
     read_json,
     read_jsonl,
     sweep,
@@ -45,13 +42,12 @@ from ..model.merge import write_plain
 from ..model.modelfile import modelfile
 from ..model.sample import Sampling
 from ..model.write_gguf import TYPES, check_architecture, write_gguf
-from ..recipe import Recipe, load_recipe
 from ..report.exports import export_sentence
 from ..report.page import write_report
 from ..screen import Screen
 from ..types import Contrast, Item
 from ..world import World
-from .again import open_model
+from .handed import Made, made_by, open_made
 
 LLAMA_CPP_TYPES = {"q3_k_m": 12, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # llama.cpp quantises these itself
 KINDS = {"adapter": ("f32",), "merged": ("f32", "bf16", "f16"), "gguf": ("q8_0", *TYPES, *LLAMA_CPP_TYPES)}
@@ -82,9 +78,7 @@ class Wanted:
 class Job:
     """A finished run and how it was judged."""
 
-    folder: RunFolder
-    recipe: Recipe
-    update: str
+    made: Made
     kind: str
     type: str
     answers: Sequence[Mapping[str, Any]]
@@ -98,21 +92,21 @@ class Job:
 
     def open(self) -> Model:
         """The model that was judged, in the engine that judged it."""
-        return open_model(str(self.folder.path), World(), self.update)
+        return open_made(self.made, World())
 
 
 def export(run_folder: Path, wanted: Wanted, screen: Screen) -> dict[str, Any]:
     """Write and check one export; returns what parity.json says, with `passed` and `path`. Raises TunesmithError."""
     job = _read(run_folder, wanted)
-    out = wanted.out or job.folder.path / "exports" / job.name
+    out = wanted.out or job.made.run.path / "exports" / job.name
     _refuse_foreign(out)
-    with locked(job.folder):
-        sweep(job.folder.path / "exports")
+    with locked(job.made.run):
+        sweep(job.made.run.path / "exports")
         screen.stage("Reference", f"{len(job.answers)} test rows, answered by the run's own model")
         reference, vocabulary = _reference(job)
-        record = {"schema": 1, "tunesmith": __version__, "kind": job.kind, "type": job.type, "update": job.update}
+        record = {"schema": 1, "tunesmith": __version__, "kind": job.kind, "type": job.type, "update": job.made.update}
         record |= {"path": str(out), "checked": wanted.checked, "passed": False}
-        failed = job.folder.path / "exports" / f"{job.name}.failed.json"
+        failed = job.made.run.path / "exports" / f"{job.name}.failed.json"
         try:
             with written_aside(out) as folder:
                 screen.stage("Write", str(out))
@@ -130,7 +124,7 @@ def export(run_folder: Path, wanted: Wanted, screen: Screen) -> dict[str, Any]:
         else:
             write_json(failed.with_name(f"{job.name}.json"), record)
             failed.unlink(missing_ok=True)
-        write_report(job.folder.path)
+        write_report(job.made.run.path)
     return record
 
 
@@ -150,38 +144,21 @@ class _FallsShort(Exception):
 
 def _read(run_folder: Path, wanted: Wanted) -> Job:
     """Everything that can be wrong before work begins."""
-    folder, where = RunFolder(path=run_folder), str(run_folder)
-    finish = "Finish it with `tunesmith run`; then export it."
-    again = "Delete the run folder, or set another `out`, and run the recipe again."
-    if not is_run_folder(run_folder):
-        raise FolderError("not a run folder", where=where, fix="Give the folder that `tunesmith run` printed.")
-    if not folder.results.is_file():
-        raise FolderError("the run has not finished, so nothing was judged", where=where, fix=finish)
-    recipe, results, plan = load_recipe(folder.recipe), read_json(folder.results), read_json(folder.plan)
-    if recipe.method == "reward":
-        raise RecipeError("a reward model gives scores, not answers", where=where, fix="Export the run of a policy.")
     kind, stored = _kind(wanted)
-    update = wanted.update or str(results["subject"])
-    if update not in recipe.update:
-        known = ", ".join(recipe.update)
-        raise RecipeError(f"the run has no update {update!r}", where="--update", fix=f"It has: {known}.")
-    if kind == "adapter" and update == "full":
+    made = made_by(run_folder, wanted.update, hashes=True)
+    if kind == "adapter" and made.update == "full":
         what = "all weights were tuned, so there is no adapter"
         raise RecipeError(what, where="--to adapter", fix="Use --to merged.")
-    made = folder.handed_over(update)
-    if problem := manifest_problem(made):
-        raise FolderError(f"not what the run handed over: {problem}", where=str(made), fix=again)
-    answers = read_jsonl(folder.answers(update))[: wanted.rows]
+    answers, plan = read_jsonl(made.run.answers(made.update))[: wanted.rows], read_json(made.run.plan)
     if not answers or not {"root", "max_new_tokens"} <= set(plan):
-        raise FolderError("keeps no answers to compare with", where=where, fix=again)
+        fix = "Delete the run folder, or set another `out`, and run the recipe again."
+        raise FolderError("keeps no answers to compare with", where=str(run_folder), fix=fix)
     return Job(
-        folder=folder,
-        recipe=recipe,
-        update=update,
+        made=made,
         kind=kind,
         type=stored,
         answers=answers,
-        how=Sampling(max_new_tokens=plan["max_new_tokens"], batch=recipe.evaluate.batch),
+        how=Sampling(max_new_tokens=plan["max_new_tokens"], batch=made.recipe.evaluate.batch),
         root=Path(plan["root"]),
     )
 
@@ -214,7 +191,7 @@ def _reference(job: Job) -> tuple[Reference, Vocabulary]:
     model = job.open()
     if job.kind == "gguf":
         check_architecture(model.hf.config, model.vocabulary.folder)
-    generated = job.recipe.method == "sft" and not set(job.answers[0]["scores"]) <= MODEL_METRICS  # and greedily
+    generated = job.made.recipe.method == "sft" and not set(job.answers[0]["scores"]) <= MODEL_METRICS  # and greedily
     before = [line["answer"] if generated else None for line in job.answers]
     reference = refer(model, [_item(line) for line in job.answers], before, job.how)
     for row, line in zip(reference.rows, job.answers, strict=True):
@@ -224,7 +201,7 @@ def _reference(job: Job) -> tuple[Reference, Vocabulary]:
                 "The base's template or tokenizer has changed, or the row has tools and an old run: set another `out`, "
             )
             fix += "and run again."
-            raise ModelError(what, where=str(job.folder.path), fix=fix)
+            raise ModelError(what, where=str(job.made.run.path), fix=fix)
     return reference, model.vocabulary
 
 
@@ -251,7 +228,7 @@ def _write(job: Job, reference: Reference, vocabulary: Vocabulary, folder: Path)
         _write_merged(job, vocabulary, plain, torch.float32)
         by_llama_cpp = job.type in LLAMA_CPP_TYPES
         first = plain / "first.gguf" if by_llama_cpp else target
-        title = job.folder.path.resolve().name
+        title = job.made.run.path.resolve().name
         write_gguf(plain, first, "f32" if by_llama_cpp else job.type, load_vocabulary(str(plain)), end, title)
         if by_llama_cpp:
             file_type = LLAMA_CPP_TYPES[job.type]
@@ -270,11 +247,11 @@ def _write(job: Job, reference: Reference, vocabulary: Vocabulary, folder: Path)
 
 def _write_adapter(job: Job, vocabulary: Vocabulary, folder: Path) -> None:
     """The run's adapter, naming its base so that peft finds it from anywhere."""
-    for path in sorted(job.folder.handed_over(job.update).iterdir()):
+    for path in sorted(job.made.path.iterdir()):
         if path.is_file() and path.name != "manifest.json":
             shutil.copyfile(path, folder / path.name)
     config = read_json(folder / "adapter_config.json")
-    write_json(folder / "adapter_config.json", {**config, "base_model_name_or_path": _base_name(job.recipe.base)})
+    write_json(folder / "adapter_config.json", {**config, "base_model_name_or_path": _base_name(job.made.recipe.base)})
     vocabulary.tokenizer.save_pretrained(folder)
 
 
@@ -289,10 +266,10 @@ def _write_merged(job: Job, vocabulary: Vocabulary, folder: Path, dtype: torch.d
 
     The base makers' temperature and penalties are left out: answers were judged without them.
     """
-    if job.update == "full":
-        write_plain(job.folder.model, None, folder, dtype)
+    if job.made.update == "full":
+        write_plain(job.made.path, None, folder, dtype)
     else:
-        write_plain(resolve(job.recipe.base), job.folder.handed_over(job.update), folder, dtype)
+        write_plain(resolve(job.made.recipe.base), job.made.path, folder, dtype)
     vocabulary.tokenizer.save_pretrained(folder)
     generation = folder / "generation_config.json"
     found = read_json(generation) if generation.is_file() else {}
@@ -305,7 +282,7 @@ def _write_merged(job: Job, vocabulary: Vocabulary, folder: Path, dtype: torch.d
 
 def _checked(job: Job, reference: Reference, target: Path) -> dict[str, Any]:
     """What was compared, with the reasons why it falls short, if it does."""
-    base = _base_name(job.recipe.base) if job.kind == "adapter" else ""
+    base = _base_name(job.made.recipe.base) if job.kind == "adapter" else ""
     bounds = EXACT if job.kind == "adapter" else BOUNDS.get(job.type, COARSE)
     try:
         reply = ask_elsewhere(job.kind, target, base, reference, job.how)
@@ -320,8 +297,8 @@ def _checked(job: Job, reference: Reference, target: Path) -> dict[str, Any]:
 
 def _score(job: Job, reference: Reference, texts: Sequence[str]) -> tuple[Contrast | None, str]:
     """The task score of the export minus that of the judged answers, or why it cannot be told."""
-    task, evaluate = job.recipe.task, job.recipe.evaluate
-    if job.recipe.method != "sft":
+    task, evaluate = job.made.recipe.task, job.made.recipe.evaluate
+    if job.made.recipe.method != "sft":
         return None, "the policy's answers were sampled and scored by its reward, so logits and answers decide"
     metric = next((name for name in (task.metric, *task.also) if name not in MODEL_METRICS), "")
     if not metric:

@@ -30,7 +30,7 @@ from ..train.plan import Settings, derive
 from ..types import Comparison
 from ..world import World
 from .begin import Place, checked, load_base, one_update, opened
-from .handed import hand_over, open_made
+from .handed import Made, hand_over, open_made
 from .loop import Undertaking, carry_out
 from .pairs import Pairs, halves, margin, pair, prepare_pairs, scored_pairs
 from .tune import account, attach, optimization, planned
@@ -91,7 +91,7 @@ def load_reward(name: str, which: str, world: World) -> Model:
     if not made.is_dir():
         fix = "Run it with preference.halves: true, or name another run as reward.judge."
         raise ModelError(f"the run has no {which} model", where=f"reward: {name}", fix=fix)
-    model = open_made(RunFolder(path=path), recipe, recipe.update[0], made, world)
+    model = open_made(Made(run=RunFolder(path=path), recipe=recipe, update=recipe.update[0], path=made), world)
     load_value_head(model, made)
     for parameter in model.hf.parameters():
         parameter.requires_grad_(False)

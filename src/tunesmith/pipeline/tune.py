@@ -28,7 +28,7 @@ from ..train.plan import EVERYWHERE, Prediction, Reach, Settings, derive, flops,
 from ..types import Example, Grade, Item
 from ..world import World
 from .begin import Place
-from .handed import hand_over, open_made
+from .handed import Made, hand_over, open_made
 from .loop import Outcome, Undertaking, best_weights, carry_out
 
 
@@ -70,8 +70,8 @@ def tune(place: Place, update: Update, material: Material) -> Tuned:
     record = folder.path / "trained" / f"{update}.json"
     if record.is_file():
         screen.line(f"{update} was trained before; loading {target.name}/")
-        made, known = open_made(folder, recipe, update, target, world), read_json(record)
-        return Tuned(model=made, train=known["train"], valid_metric=known["valid_metric"])
+        known, made = read_json(record), Made(run=folder, recipe=recipe, update=update, path=target)
+        return Tuned(model=open_made(made, world), train=known["train"], valid_metric=known["valid_metric"])
     model = load(recipe.base, world, recipe.weights)
     settings = derive(recipe, update, model, material.train)
     rows = min(settings.epochs * len(material.train), settings.batch * (recipe.train.max_steps or math.inf))

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
-from ..errors import FolderError, ModelError, RecipeError
-from ..folder import RunFolder, is_run_folder, manifest_problem, read_json, storage_errors
+from ..errors import FolderError, ModelError
+from ..folder import RunFolder, is_run_folder, storage_errors
 from ..model.load import Model, load, resolve
 from ..model.peft_layout import Adapter, read_adapter
 from ..model.pinned import check_base
-from ..recipe import Recipe, Update, load_recipe
+from ..pipeline.handed import Made, made_by
 from ..world import World
 from .engine import Engine, Limits
 
@@ -31,29 +30,13 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tuned:
-    """A finished run as it is served: the adapter at `made` on `base`, or (`full`) a model of its own at both."""
-
-    name: str
-    path: Path
-    made: Path
-    base: str
-    update: str
-
-    @property
-    def full(self) -> bool:
-        """Whether all weights were tuned."""
-        return self.update == "full"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Lineup:
     """What is to be served together: adapters on one base, `source` as it was named and `base` where it lies."""
 
     source: str
     base: Path
     name: str
-    adapters: tuple[Tuned, ...]
+    adapters: tuple[Made, ...]
 
 
 class Hall:
@@ -79,11 +62,12 @@ class Hall:
         folder = RunFolder(path=path)
         with storage_errors(path):
             has_lora = folder.adapter.is_dir() or not folder.handed_over("economy").is_dir()
-        tuned = tuned_run(path, update or ("lora" if has_lora else "economy"))
-        if resolve(tuned.base).resolve() != self.base.resolve():
-            fix = f"This server holds {self.base_name}; start another for {tuned.base}."
-            raise ModelError(f"the run is an adapter of another base, {tuned.base}", where=name, fix=fix)
-        adapter = read_adapter(tuned.made)
+        made = made_by(path, update or ("lora" if has_lora else "economy"))
+        if resolve(made.base).resolve() != self.base.resolve():
+            fix = f"This server holds {self.base_name}; start another for {made.base}."
+            raise ModelError(f"the run is an adapter of another base, {made.base}", where=name, fix=fix)
+        check_base(made.run, self.base)
+        adapter = read_adapter(made.path)
         self.engine.adapters.check(adapter)
         return adapter
 
@@ -116,27 +100,30 @@ def line_up(names: Sequence[str], update: str) -> Lineup:
 
     A fully tuned run is a base of its own, so it is served alone. Raises TunesmithError.
     """
-    runs = [tuned_run(Path(name), update) for name in names if is_run_folder(Path(name))]
+    runs = [made_by(Path(name), update) for name in names if is_run_folder(Path(name))]
     plain = [name for name in names if not is_run_folder(Path(name))]
     if plain and len(names) > 1:
         fix = "Give run folders, or one base model alone; the base of adapters is served beside them."
         raise FolderError("not a run folder", where=plain[0], fix=fix)
     if len({run.name for run in runs}) < len(runs):
         raise FolderError("two runs have the same name", where=" ".join(names), fix="Rename one of the folders.")
-    full = next((run for run in runs if run.full), None)
+    full = next((run for run in runs if run.update == "full"), None)
     if len(runs) > 1 and full:
         fix = "Serve it alone, or give --update lora where it has an adapter too."
-        raise ModelError("a fully tuned model shares no base with others", where=str(full.path), fix=fix)
+        raise ModelError("a fully tuned model shares no base with others", where=str(full.run.path), fix=fix)
     source = runs[0].base if runs else plain[0]
     base = resolve(source)
     strange = [run for run in runs if resolve(run.base) != base]
     if strange:
         what = f"an adapter of {strange[0].base}, not of {source}"
-        raise ModelError(what, where=str(strange[0].path), fix="Start a server for each base.")
+        raise ModelError(what, where=str(strange[0].run.path), fix="Start a server for each base.")
+    adapters = () if full else tuple(runs)
+    for run in adapters:
+        check_base(run.run, base)
     name = full.name if full else Path(source).absolute().name  # of "." too
     if not full and name in {run.name for run in runs}:
         raise FolderError("a run has the name of its base", where=name, fix="Rename the folder.")
-    return Lineup(source=source, base=base, name=name, adapters=() if full else tuple(runs))
+    return Lineup(source=source, base=base, name=name, adapters=adapters)
 
 
 def opened(lineup: Lineup, limits: Limits, world: World) -> Hall:
@@ -147,7 +134,7 @@ def opened(lineup: Lineup, limits: Limits, world: World) -> Hall:
     hall = Hall(engine, lineup.source, lineup.base, lineup.name)
     hall.add_base()
     for run in lineup.adapters:
-        asyncio.run(hall.add(run.path, run.name, run.update))
+        asyncio.run(hall.add(run.run.path, run.name, run.update))
     return hall
 
 
@@ -159,31 +146,3 @@ def _loaded(base: str, world: World) -> Model:
     """
     with ThreadPoolExecutor(1) as aside:
         return aside.submit(load, base, world).result()
-
-
-def tuned_run(path: Path, update: str) -> Tuned:
-    """What a finished run hands over: its subject, or the `update` asked for. Raises TunesmithError."""
-    where = str(path)
-    if not is_run_folder(path):
-        raise FolderError("not a run folder", where=where, fix="Give the folder that `tunesmith run` printed.")
-    folder = RunFolder(path=path)
-    recipe: Recipe = load_recipe(folder.recipe)
-    if recipe.method == "reward":
-        raise RecipeError("a reward model gives scores, not answers", where=where, fix="Name the run of a policy.")
-    if update not in ("", *get_args(Update)):
-        raise RecipeError(f"unknown update {update!r}", where="--update", fix="Choose lora, full or economy.")
-    if not folder.results.is_file():
-        raise FolderError("the run is not finished", where=where, fix="Finish it with `tunesmith run`, then serve it.")
-    wanted = update or read_json(folder.results)["subject"]
-    made = folder.handed_over(wanted)
-    problem = manifest_problem(made, hashes=False) if made.is_dir() else f"it has no {made.name}/"
-    if problem:
-        raise FolderError(
-            f"the run cannot be served: {problem}",
-            where=where,
-            fix="Finish it with `tunesmith run`, or choose another --update.",
-        )
-    if wanted != "full":
-        check_base(folder, resolve(recipe.base))
-    base = str(made) if wanted == "full" else recipe.base
-    return Tuned(name=path.resolve().name, path=path, made=made, base=base, update=wanted)

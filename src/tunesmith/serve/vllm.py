@@ -62,9 +62,9 @@ def arguments(
     words += ["--dtype", "bfloat16", "--max-model-len", str(min(context_tokens, vocabulary.context_tokens))]
     words += ["--generation-config", str(beside), "--chat-template", str(template)]
     if lineup.adapters:
-        ranks = [read_json(run.made / "adapter_config.json")["r"] for run in lineup.adapters]
+        ranks = [read_json(run.path / "adapter_config.json")["r"] for run in lineup.adapters]
         words += ["--enable-lora", "--max-loras", str(len(ranks)), "--max-lora-rank", str(_room(max(ranks)))]
-        words += ["--lora-modules", *(f"{run.name}={run.made.resolve()}" for run in lineup.adapters)]
+        words += ["--lora-modules", *(f"{run.name}={run.path.resolve()}" for run in lineup.adapters)]
     return words
 
 
