@@ -243,6 +243,15 @@ def test_a_foreign_adapter_of_the_output_layer_is_refused_with_its_folder(
         load_adapter(fresh_model, folder)
 
 
+def test_a_saved_model_leaves_its_makers_sampling_behind(fresh_model: Model, tmp_path: Path) -> None:
+    fresh_model.hf.generation_config.update(do_sample=True, temperature=0.7, repetition_penalty=1.1, pad_token_id=0)
+    save_model(fresh_model, tmp_path / "model")
+    kept = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert kept["eos_token_id"] == list(fresh_model.eos_ids)
+    assert kept["pad_token_id"] == 0
+    assert all(key.endswith("_token_id") for key in kept)
+
+
 def test_a_saved_model_answers_bit_for_bit(fresh_model: Model, tmp_path: Path) -> None:
     save_model(fresh_model, tmp_path / "model")
     again = load(str(tmp_path / "model"), World())

@@ -126,6 +126,14 @@ def test_a_reference_that_a_metric_cannot_read_names_its_row_before_anything_is_
         questions(rows, TaskSpec(also=[name]))
 
 
+def test_the_likelihood_of_calls_alone_is_not_measured_as_that_of_their_json(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    turns = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "tool_calls": [call]}]
+    rows = rows_of(written(tmp_path / "rows.jsonl", {"messages": turns}))
+    with pytest.raises(DataError, match=r"rows.jsonl:1: completion_loss is of text, and the answer only calls tools"):
+        questions(rows, TaskSpec(also=["completion_loss"]))
+
+
 def test_fingerprints_change_with_the_files_and_leave_out_what_is_no_file(tiny_recipe: Make, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     recipe = parse_recipe(tiny_recipe({"data.train": written(path, *texts(3))}))

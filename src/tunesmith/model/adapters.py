@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from ..errors import ModelError
-from ..folder import write_json, write_manifest, written_aside
+from ..folder import read_json, write_json, write_manifest, written_aside
 from .load import Model, without_progress_bars
 from .lora import LoraShape, attach_lora, block_of, language_model, lora_layers
 from .peft_layout import PREFIX, read_adapter
@@ -82,6 +82,18 @@ def save_model(model: Model, out: Path, beside: Beside = nothing) -> Path:
     with written_aside(out) as folder, without_progress_bars():
         model.hf.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
+        write_generation(folder, model.eos_ids)
         beside(folder)
         write_manifest(folder)
     return out
+
+
+def write_generation(folder: Path, eos_ids: Sequence[int]) -> None:
+    """generation_config.json of a folder: all tokens that end an answer, and no other than token ids of its makers'.
+
+    Answers are judged without the makers' temperature and penalties, which other programs would use.
+    """
+    path = folder / "generation_config.json"
+    found = read_json(path) if path.is_file() else {}
+    kept = {key: value for key, value in found.items() if key.endswith("_token_id")}
+    write_json(path, {**kept, "eos_token_id": list(eos_ids)})

@@ -36,6 +36,7 @@ from ..folder import (
     write_text,
     written_aside,
 )
+from ..model.adapters import write_generation
 from ..model.builtin import builtin_model
 from ..model.load import Model, Vocabulary, load_vocabulary, resolve
 from ..model.merge import write_plain
@@ -262,19 +263,13 @@ def _base_name(base: str) -> str:
 
 
 def _write_merged(job: Job, vocabulary: Vocabulary, folder: Path, dtype: torch.dtype) -> None:
-    """A plain folder: weights, the tokenizer and template that were used, and every token that ends an answer.
-
-    The base makers' temperature and penalties are left out: answers were judged without them.
-    """
+    """A plain folder: weights, the tokenizer and template that were used, and how answers end."""
     if job.made.update == "full":
         write_plain(job.made.path, None, folder, dtype)
     else:
         write_plain(resolve(job.made.recipe.base), job.made.path, folder, dtype)
     vocabulary.tokenizer.save_pretrained(folder)
-    generation = folder / "generation_config.json"
-    found = read_json(generation) if generation.is_file() else {}
-    kept = {key: value for key, value in found.items() if key.endswith("_token_id")}
-    write_json(generation, {**kept, "eos_token_id": list(vocabulary.eos_ids)})
+    write_generation(folder, vocabulary.eos_ids)
 
 
 # Checking

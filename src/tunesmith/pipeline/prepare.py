@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..data.counts import counts
-from ..data.curate import SPLITS, Census
+from ..data.curate import NEAR_DUPLICATE, SPLITS, Census
 from ..data.read import items, unread
 from ..data.similar import MANY_ROWS, MOST_COMPARED
 from ..data.store import View, join
@@ -106,6 +106,9 @@ def questions(rows: Sequence[Conversation], task: TaskSpec) -> Sequence[Item]:
             wrong = min(metrics - {"completion_loss"})
             fix = "Set task.metric: completion_loss and leave task.also out, or give rows with a prompt."
             raise DataError(f"plain text asks nothing, so {wrong} has no answer to grade", where=row.source, fix=fix)
+        if "completion_loss" in metrics and not row.completion and row.messages:
+            fix = "Use metric call_match, which compares calls."
+            raise DataError("completion_loss is of text, and the answer only calls tools", where=row.source, fix=fix)
         if "choice_accuracy" in metrics and item.reference not in item.choices:
             what = (
                 f"the answer {item.reference[:60]!r} is none of task.choices"
@@ -187,6 +190,8 @@ def _show(prepared: Prepared, screen: Screen) -> None:
         flags = ", ".join(f"{n} {reason}" for reason, n in count.flagged.items()) or "none"
         rows.append([name, str(count.read), str(count.kept), left_out, flags])
     screen.table(["split", "read", "kept", "left out", "flagged"], rows)
+    if NEAR_DUPLICATE in prepared.census.total.dropped:
+        screen.line("near duplicates: see ledger.jsonl; data.near_duplicates says how alike they are, 1 keeps them")
     if columns := unread(prepared.rows):
         screen.line(columns)
     counted = counts(prepared.train)
