@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tunesmith.evaluate import stats
-from tunesmith.evaluate.choices import verdict_on_policy, verdict_on_reward
+from tunesmith.evaluate.preferences import verdict_on_policy, verdict_on_reward
 from tunesmith.evaluate.verdict import decide
 from tunesmith.types import Contrast, Estimate, Measurement
 

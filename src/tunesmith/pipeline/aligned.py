@@ -12,8 +12,8 @@ import numpy as np
 
 from .. import __version__
 from ..data.read import read_choices
-from ..evaluate.choices import verdict_on_policy
 from ..evaluate.forgetting import forgotten, remember
+from ..evaluate.preferences import verdict_on_policy
 from ..evaluate.stats import contrast, estimate, win_rate
 from ..folder import read_json, read_jsonl, write_json, write_jsonl
 from ..model.adapters import load_adapter

@@ -14,8 +14,16 @@ import numpy as np
 from .. import __version__
 from ..data.split import observations, unit_of
 from ..errors import ModelError
-from ..evaluate.choices import agreement, calibration, longer_wins, right, scores_of, verdict_on_reward, within_lengths
 from ..evaluate.measure import scored
+from ..evaluate.preferences import (
+    agreement,
+    calibration,
+    longer_wins,
+    right,
+    scores_of,
+    verdict_on_reward,
+    within_lengths,
+)
 from ..evaluate.stats import contrast, estimate, one_each
 from ..folder import RunFolder, is_run_folder, read_json, write_json, write_jsonl
 from ..methods.annotate import Group

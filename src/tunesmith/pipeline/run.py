@@ -28,7 +28,7 @@ from ..types import Item, Measurement
 from ..world import World
 from .arms import TEACHER, Asking, Selected, ask, grade_teacher, look_up, select_prompts
 from .begin import Place, checked, finished, load_base, opened
-from .choices import learn_from_choices
+from .dpo import learn_from_choices
 from .forecast import what_rows_show
 from .policy import learn_from_rewards
 from .prepare import Prepared, prepare
