@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 import tunesmith.cli
 from tunesmith.errors import TunesmithError
 from tunesmith.folder import write_json
+from tunesmith.recipe import dump_recipe, load_recipe
 from tunesmith.serve.asking import answered, chat_question
 from tunesmith.serve.bodies import ChatBody
 from tunesmith.serve.engine import Limits
@@ -370,6 +371,8 @@ def test_of_two_adapters_the_one_asked_for_is_served(update: str, rank: int, run
     both = tmp_path / "both"
     shutil.copytree(runs.a, both)
     shutil.copytree(runs.b / "adapter", both / "economy")
+    recipe = load_recipe(both / "recipe.yaml").model_copy(update={"update": ["lora", "economy"]})
+    (both / "recipe.yaml").write_text(dump_recipe(recipe))
     hall = opened(line_up([str(both)], update), Limits(), World())
     try:
         layers = hall.engine.adapters.layers.values()

@@ -101,7 +101,7 @@ def test_a_rank_that_vllm_has_no_room_for_is_refused_with_the_way_out(runs: Runs
     made = tmp_path / "adapter"
     made.mkdir()
     (made / "adapter_config.json").write_text(json.dumps({"r": RANKS[-1] + 1}))
-    lineup = replace(lineup, adapters=(replace(lineup.adapters[0], made=made),))
+    lineup = replace(lineup, adapters=(replace(lineup.adapters[0], path=made),))
     with pytest.raises(ModelError, match="up to rank 512"):
         arguments(lineup, load_vocabulary(str(lineup.base)), ("127.0.0.1", 8000), 64, tmp_path)
 
