@@ -99,21 +99,22 @@ def test_a_row_and_its_answer_are_the_same_alone_and_beside_a_long_row(
         assert answers(model, row(LONG).tokens, short)[1:] == answers(model, short)
 
 
-def test_longrope_whose_context_spans_both_its_lengths_is_trained_a_row_at_a_time_and_says_so(
+def test_longrope_packs_rows_of_its_shorter_length_and_says_that_it_takes_no_longer_ones(
     loaded: Callable[[PreTrainedConfig], Model],
 ) -> None:
     model = loaded(longrope(512))
-    assert not model.packs
-    assert "over 64 tokens" in model.notes[0]
-    assert "one example a row" in model.notes[0]
-    found, _ = example_losses(model, [row(LONG)])
-    assert found[0] == pytest.approx(of_transformers(model, row(LONG)), abs=1e-3)
+    assert model.packs
+    assert model.vocabulary.context_tokens == CONTEXT
+    assert "up to 64 tokens" in model.notes[0]
+    rows = [row(CONTEXT), row(SHORT)]
+    found, _ = example_losses(model, rows)
+    assert found == pytest.approx([of_transformers(model, one) for one in rows], abs=1e-3)
 
 
-def test_longrope_without_long_rows_packs(loaded: Callable[[PreTrainedConfig], Model]) -> None:
+def test_longrope_of_one_length_has_all_of_it(loaded: Callable[[PreTrainedConfig], Model]) -> None:
     model = loaded(longrope(CONTEXT))
     assert model.packs
-    assert model.notes == ()
+    assert model.vocabulary.context_tokens == CONTEXT
 
 
 def test_dynamic_turns_pack_and_stay_those_of_the_context_with_a_note(

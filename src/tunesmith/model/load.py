@@ -45,7 +45,7 @@ from .linear import Linear, use_fast_linear, widen_others
 from .lora import block_of, freeze_beside, language_model
 from .merge import merge_files
 from .pinned import check_base
-from .probe import apart, hold_still, probe, probed_blocks
+from .probe import apart, context_of, hold_still, probe, probed_blocks
 from .stored import FLOAT32, kept_as
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
@@ -216,7 +216,7 @@ def load_vocabulary(base: str) -> Vocabulary:
     return Vocabulary(
         tokenizer=tokenizer,
         eos_ids=tuple(dict.fromkeys(int(i) for i in ids)),
-        context_tokens=int(getattr(text, "max_position_embeddings", 2048)),
+        context_tokens=context_of(config),
         folder=folder,
         notes=tuple(notes),
     )
@@ -255,7 +255,7 @@ def load(base: str, world: World, weights: Weights = "auto") -> Model:
     difference = probe(hf, world.device)
     if math.isnan(difference):
         raise _unreadable(vocabulary.folder, "its log-probabilities are not numbers")
-    reason = apart(hf, difference, vocabulary.context_tokens)
+    reason = apart(hf, difference)
     packs = not reason
     if reason:
         hf.set_attn_implementation("eager")  # the reference: others drop what they do not know (soft caps, sinks)

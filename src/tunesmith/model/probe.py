@@ -6,11 +6,9 @@ beside it are turned by their places.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ModelError
 from ..tensors import Layout
@@ -21,35 +19,37 @@ from .blocks import Blocks, blocks_of
 EXACT, ROUNDED = 1e-3, 0.15
 
 
-def apart(hf: PreTrainedModel, difference: float, context_tokens: int) -> str:
+def apart(hf: PreTrainedModel, difference: float) -> str:
     """Why rows may not share a stream, given what `probe` found; nothing where they may."""
     if difference >= (ROUNDED if hf.device.type == "cuda" else EXACT):
         return f"answers differently when packed ({difference:.1e})"
-    # transformers turns all of a call as its longest row wants it, in training and in every step of an answer.
-    lengths = [t["original_max_position_embeddings"] for t in _turns(hf) if t.get("rope_type") == "longrope"]
-    if lengths and min(lengths) < context_tokens:
-        return f"turns rows over {min(lengths)} tokens otherwise, and with them those beside them"
     return ""
 
 
-def hold_still(hf: PreTrainedModel) -> list[str]:
-    """Keep `dynamic` turns as they are within the context, which is where rows are; a note says so.
+def context_of(config: PreTrainedConfig) -> int:
+    """The longest row: all positions of the model, or of those with `longrope` the ones of its shorter length.
 
-    transformers changes them with the longest row so far, so that what came before would change what comes after.
+    Beyond that length transformers turns all rows of a call otherwise, in training and in every step of an answer.
     """
-    held = False
+    text = config.get_text_config()  # its part about text, where a model also sees or hears
+    found = text.to_dict().get("rope_parameters") or {}
+    kinds = [part for part in found.values() if isinstance(part, dict)] or [found]  # of kinds of layers, or of all
+    shorter = [part["original_max_position_embeddings"] for part in kinds if part.get("rope_type") == "longrope"]
+    return min([int(getattr(text, "max_position_embeddings", 2048)), *map(int, shorter)])
+
+
+def hold_still(hf: PreTrainedModel) -> list[str]:
+    """Keep turns that grow with a row as they are within the context, which is where rows are; a note says so.
+
+    transformers changes them with the longest row, so that one row would change what stands beside it or comes after.
+    """
+    held = ""
     for module in hf.modules():
         kind = vars(module).get("rope_type")
-        if isinstance(kind, str) and "dynamic" in kind:
-            vars(module)["rope_type"], held = "default", True  # read nowhere else once the module is made
-    longest = hf.config.get_text_config().max_position_embeddings if held else 0
-    return [f"what goes beyond {longest} tokens is not stretched for (rope_type dynamic)"] if held else []
-
-
-def _turns(hf: PreTrainedModel) -> list[dict[str, Any]]:
-    """Parameters of the rotary embedding, or of each where kinds of layers have their own."""
-    found = hf.config.get_text_config().to_dict().get("rope_parameters") or {}
-    return [part for part in found.values() if isinstance(part, dict)] or [found]
+        if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+            vars(module)["rope_type"], held = "default", kind  # read nowhere else once the module is made
+    longest = context_of(hf.config)
+    return [f"rows have up to {longest:,} tokens, beyond which all would be turned otherwise ({held})"] if held else []
 
 
 @torch.no_grad()
