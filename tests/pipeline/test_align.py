@@ -312,6 +312,7 @@ def _alone(length: int) -> Any:
         ({"update": ["lora", "full"]}, "trains one model"),
         ({"update": "economy"}, "has no economy"),
         ({"reward": "own.py:nothing"}, "no such file"),
+        ({"policy": {"kl": 0, "kl_target": 3}}, "a price of 0 stays 0"),
     ],
 )
 def test_a_policy_without_what_it_needs_is_refused_before_a_folder_is_made(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..data.curate import SPLITS, Census, census, curate, drop_overlong
-from ..data.read import read, unread
+from ..data.read import read
 from ..data.render import render_last
 from ..data.split import Unit, observations, prompt_key, split, uniform
 from ..errors import DataError, RecipeError
@@ -19,6 +19,7 @@ from ..model.load import Vocabulary
 from ..recipe import PreferenceSpec, Recipe
 from ..screen import Screen
 from ..types import Comparison, Conversation, LedgerEntry, Message
+from .prepare import show_census
 
 FEW_PROMPTS = 20
 
@@ -127,14 +128,7 @@ def halves(rows: Sequence[Comparison], seed: int) -> tuple[list[int], list[int]]
 
 
 def _show(prepared: Pairs, screen: Screen) -> None:
-    rows = []
-    for name, count in prepared.census.splits.items():
-        left_out = ", ".join(f"{n} {reason}" for reason, n in count.dropped.items()) or "none"
-        flags = ", ".join(f"{n} {reason}" for reason, n in count.flagged.items()) or "none"
-        rows.append([name, str(count.read), str(count.kept), left_out, flags])
-    screen.table(["split", "pairs read", "kept", "left out", "flagged"], rows)
-    if columns := unread(prepared.rows["train"]):
-        screen.line(columns)
+    show_census(prepared.census, "pairs read", prepared.rows["train"], screen)
     data = prepared.counts["data"]
     spread = data["tokens_per_row"]
     screen.line(f"{data['train_tokens']:,} training tokens; {spread['p5']:.0f} to {spread['p95']:.0f} tokens an answer")

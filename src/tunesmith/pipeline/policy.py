@@ -49,6 +49,9 @@ def learn_from_rewards(place: Place) -> None:
     if recipe.method == "ppo" and recipe.policy.mix and not prompts.examples:
         fix = "Give rows with answers, or leave policy.mix out."
         raise RecipeError("data.train has prompts alone, without answers to imitate", where="policy.mix", fix=fix)
+    if recipe.method == "ppo" and recipe.policy.kl_target and not penalty(recipe):
+        fix = "Leave policy.kl out, or give it a price to begin with."
+        raise RecipeError("a price of 0 stays 0, however it is adapted", where="policy.kl_target", fix=fix)
     with ExitStack() as stack:
         panel = open_panel(recipe, place.root, base, world, stack, screen)
         align(place, base, prompts, panel, lambda model: _begin(place, model, prompts, panel))

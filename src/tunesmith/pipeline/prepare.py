@@ -25,7 +25,7 @@ from ..folder import MANIFEST, sha256_file
 from ..model.load import Vocabulary
 from ..recipe import Recipe, TaskSpec
 from ..screen import Screen
-from ..types import Conversation, Example, Item, LedgerEntry
+from ..types import Conversation, Example, Item, LedgerEntry, Row
 from .rows import curated
 
 ANSWER_ROOM = 1.25
@@ -183,17 +183,22 @@ def answer_room(longest_tokens: int) -> int:
     return 8 * math.ceil(max(1, longest_tokens) * ANSWER_ROOM / 8)
 
 
-def _show(prepared: Prepared, screen: Screen) -> None:
+def show_census(census: Census, read: str, train: Sequence[Row], screen: Screen) -> None:
+    """What became of the rows of each split, and what of them no turn is made of. `read` heads their number."""
     rows = []
-    for name, count in prepared.census.splits.items():
+    for name, count in census.splits.items():
         left_out = ", ".join(f"{n} {reason}" for reason, n in count.dropped.items()) or "none"
         flags = ", ".join(f"{n} {reason}" for reason, n in count.flagged.items()) or "none"
         rows.append([name, str(count.read), str(count.kept), left_out, flags])
-    screen.table(["split", "read", "kept", "left out", "flagged"], rows)
-    if NEAR_DUPLICATE in prepared.census.total.dropped:
+    screen.table(["split", read, "kept", "left out", "flagged"], rows)
+    if NEAR_DUPLICATE in census.total.dropped:
         screen.line("near duplicates: see ledger.jsonl; data.near_duplicates says how alike they are, 1 keeps them")
-    if columns := unread(prepared.rows):
+    if columns := unread(train):
         screen.line(columns)
+
+
+def _show(prepared: Prepared, screen: Screen) -> None:
+    show_census(prepared.census, "read", prepared.rows, screen)
     counted = counts(prepared.train)
     tokens, trained = counted.tokens, int(counted.trained.sum())
     asks = any(item.prompt for item in join(prepared.valid_items, prepared.test_items))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..data.curate import SPLITS, Census, census, curate
-from ..data.read import items, read, unread
+from ..data.read import items, read
 from ..data.render import prompt_tokens, refuse_unwritten, render_last
 from ..data.split import Unit, asked_key, split
 from ..errors import DataError
@@ -19,7 +19,7 @@ from ..recipe import Recipe
 from ..screen import Screen
 from ..types import Comparison, Conversation, Example, Item, LedgerEntry, Row
 from .pairs import answered
-from .prepare import answer_room
+from .prepare import answer_room, show_census
 
 ANSWER_TOKENS = 64
 
@@ -61,8 +61,8 @@ def prepare_prompts(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> P
         screen.line(whole.note)
     kept, ledger = curate(whole, spec)
     rows: dict[str, Sequence[Row]] = {name: getattr(kept, name) for name in SPLITS}
-    if columns := unread(rows["train"]):
-        screen.line(columns)
+    counted = census(whole, kept, ledger)
+    show_census(counted, "read", rows["train"], screen)
     for row in chain.from_iterable(rows.values()):
         tools = row.tools if isinstance(row, Conversation) else ()
         refuse_unwritten(row.prompt, tools, vocabulary.tokenizer, row.source)
@@ -71,7 +71,6 @@ def prepare_prompts(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> P
     longest = max((int((e.weights > 0).sum()) for e in examples), default=ANSWER_TOKENS)
     room = recipe.task.max_new_tokens or answer_room(longest)
     asked = {name: longest_prompt(found[name], rows[name], room, vocabulary) for name in SPLITS}
-    counted = census(whole, kept, ledger)
     screen.line(
         f"{len(found['train'])} prompts to learn on, {len(found['valid'])} to choose by, {len(found['test'])} to judge "
         f"by; answers up to {room} tokens"
