@@ -36,7 +36,7 @@ demo-rlhf: $(STAMP) ## reward models from people's choices, then PPO and DPO jud
 	for step in sentences reward ppo dpo; do $(BIN)/tunesmith run recipes/rlhf/$$step.yaml || exit 1; done
 
 test: $(STAMP) ## every test
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 test-gpu: $(STAMP) ## what needs a GPU
 	TUNESMITH_UNCHECKED=1 $(BIN)/python -m pytest -q tests/test_gpu.py

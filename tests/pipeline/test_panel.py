@@ -54,7 +54,7 @@ def test_nats_from_the_reference_are_of_what_is_drawn_at_the_temperature(
     )
     panel = Panel(rewards={}, grades={}, decides="", missing_end=-1.0)
     how = Sampling(max_new_tokens=5, temperature=temperature, seed=1)
-    seen = look(policy, lambda: nullcontext(base), panel, prompts, "test", how, lambda: 0.0)
+    seen = look(policy, lambda: nullcontext(base), panel, prompts, "test", how)
     plain = [model_of(tiny_model_folder, False, sharper) for sharper in (6, 1)]
     for answer, far in zip(seen.answers, seen.kl, strict=True):
         drawn = (answer.example.tokens, len(answer.completion.tokens), temperature)

@@ -63,8 +63,8 @@ def align(place: Place, base: Model, prompts: Prompts, panel: Panel, begin: Call
     with opened(place, prompts.ledger, facts):
         screen.stage("Before", "the base model's answers, as the panel scores them")
         itself = _itself(base)
-        before = look(base, itself, panel, prompts, "test", how, time.monotonic)
-        on_valid = look(base, itself, panel, prompts, "valid", how, time.monotonic)
+        before = look(base, itself, panel, prompts, "test", how)
+        on_valid = look(base, itself, panel, prompts, "valid", how)
         remembered = remember(base, retention) if recipe.evaluate.forgetting else None
         screen.line(_told(before, panel))
         if warning := _failing_pays(before, panel):
@@ -73,7 +73,7 @@ def align(place: Place, base: Model, prompts: Prompts, panel: Panel, begin: Call
         model, train, curve = _trained(place, base, prompts, panel, begin, on_valid)
         screen.stage("After", "the same prompts, the same random numbers")
         reference = reference_of(model, update, recipe.base, world)
-        after = look(model, reference, panel, prompts, "test", how, time.monotonic)
+        after = look(model, reference, panel, prompts, "test", how)
         screen.line(_told(after, panel))
         lost = lost_ability(recipe, forgotten(remembered, model)) if remembered else None
         if world.leads:
@@ -126,7 +126,7 @@ def _trained(
 
     def watch(step: int) -> dict[str, float]:
         found = work.watch()
-        seen = look(work.model, work.reference, panel, prompts, "valid", how, time.monotonic)
+        seen = look(work.model, work.reference, panel, prompts, "valid", how)
         line = {**_point(seen, on_valid, panel), **found}
         return {**line, "cost": -line[panel.decides] if panel.decides else found["valid_loss"]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -99,21 +100,13 @@ def open_panel(recipe: Recipe, root: Path, policy: Model, world: World, stack: E
     return Panel(rewards=found, grades=grades, decides=list(found)[-1] if found else "", missing_end=spec.missing_end)
 
 
-def look(
-    model: Model,
-    reference: Reference,
-    panel: Panel,
-    prompts: Prompts,
-    split: str,
-    how: Sampling,
-    seconds: Callable[[], float],
-) -> Seen:
+def look(model: Model, reference: Reference, panel: Panel, prompts: Prompts, split: str, how: Sampling) -> Seen:
     """Ask every item of a split once, always with the same random numbers, and score the answers."""
     release_memory()
-    begun = seconds()
+    begun = time.monotonic()
     items = prompts.items[split]
     answers = ask(model, items, 1, how, seed=how.seed)
-    asked = seconds() - begun
+    asked = time.monotonic() - begun
     groups = [(answer.example,) for answer in answers]
     # Nats between what both draw from: what was noted while drawing is of temperature 1.
     warmth = {"budget_tokens": SCORE_TOKENS, "temperature": how.temperature}
