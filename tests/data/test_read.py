@@ -214,6 +214,7 @@ def test_columns_that_make_no_turn_are_named(tmp_path: Path) -> None:
     assert "not shown: 'context' (" in unread(rows_of(source))
     assert unread(rows_of(str(tmp_path / "b.jsonl"), columns={"system": "system_prompt"})) == ""
     assert unread(rows_of(write(tmp_path / "c.jsonl", {"prompt": "q"}))) == ""
+    assert unread(rows_of("builtin:legal_citations", rows=3)) == ""  # of parts, which nobody wanted to be read
 
 
 def test_the_row_limit_holds_for_train_only(tmp_path: Path) -> None:

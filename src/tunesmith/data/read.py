@@ -54,8 +54,9 @@ def reference(row: Conversation) -> str:
 
 
 def unread(rows: Sequence[Row]) -> str:
-    """What to say of columns that no turn is made of; empty where the first rows have none."""
-    names = sorted({name for row in rows[:_FIRST_ROWS] for name in row.extra} - {PROMPT_ONLY})
+    """What to say of columns of the user's that no turn is made of; empty where the first rows have none."""
+    first = [row for row in rows[:_FIRST_ROWS] if not row.source.startswith(BUILTIN)]
+    names = sorted({name for row in first for name in row.extra} - {PROMPT_ONLY})
     if not names:
         return ""
     more = ", ..." if len(names) > _MOST_NAMED else ""
