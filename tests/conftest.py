@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from tunesmith.model.load import Model
     from tunesmith.types import Example
+    from tunesmith.world import World
 
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", MPLBACKEND="Agg"
@@ -308,6 +310,30 @@ def chat_server() -> Iterator[ChatServer]:
     chat.server.shutdown()
     chat.server.server_close()
     thread.join()
+
+
+@pytest.fixture
+def two_ranks(fork: Callable[[Callable[[], object]], int]) -> Callable[[Callable[[World], object]], None]:
+    """Do the same work in two processes that torchrun's environment joins, and see both end well."""
+
+    def together(work: Callable[[World], object]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+
+        def rank(number: int) -> None:
+            from torch import distributed
+
+            from tunesmith.world import world_from_env
+
+            os.environ.update(WORLD_SIZE="2", RANK=str(number), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            work(world_from_env())
+            distributed.destroy_process_group()
+
+        children = [fork(lambda number=number: rank(number)) for number in range(2)]
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+
+    return together
 
 
 @pytest.fixture

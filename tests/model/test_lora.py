@@ -200,7 +200,7 @@ def test_an_adapter_that_is_more_than_lora_is_refused(
         load_adapter(fresh_model, tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("damage", ["no folder", "not json", "cut weights"])
+@pytest.mark.parametrize("damage", ["no folder", "not json", "no rank", "cut weights"])
 def test_a_damaged_adapter_is_refused_with_its_folder(
     damage: str, adapted: Model, fresh_model: Model, tmp_path: Path
 ) -> None:
@@ -210,6 +210,8 @@ def test_a_damaged_adapter_is_refused_with_its_folder(
         folder = tmp_path / "nothing"
     elif damage == "not json":
         (folder / "adapter_config.json").write_text("{")
+    elif damage == "no rank":
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 8}')
     else:
         weights = folder / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])

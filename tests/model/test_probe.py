@@ -114,6 +114,7 @@ def test_longrope_packs_rows_of_its_shorter_length_and_says_that_it_takes_no_lon
 def test_longrope_of_one_length_has_all_of_it(loaded: Callable[[PreTrainedConfig], Model]) -> None:
     model = loaded(longrope(CONTEXT))
     assert model.packs
+    assert model.notes == ()
     assert model.vocabulary.context_tokens == CONTEXT
 
 

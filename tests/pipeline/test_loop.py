@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
-
-import torch.distributed as dist
 
 from tunesmith.folder import RunFolder, read_jsonl
 from tunesmith.methods.sft import CrossEntropy, SftSteps
@@ -16,7 +12,7 @@ from tunesmith.pipeline.loop import Undertaking, carry_out
 from tunesmith.screen import Screen
 from tunesmith.train.optim import Optimization
 from tunesmith.types import Example
-from tunesmith.world import World, world_from_env
+from tunesmith.world import World
 
 
 def work(model: Model, examples: list[Example], world: World) -> Undertaking:
@@ -40,22 +36,14 @@ def test_all_ranks_stop_where_the_first_sees_no_improvement(
     fresh_model: Model,
     tiny_examples: list[Example],
     tmp_path: Path,
-    fork: Callable[[Callable[[], object]], int],
+    two_ranks: Callable[[Callable[[World], object]], None],
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def rank(number: int) -> None:
-        os.environ.update(WORLD_SIZE="2", RANK=str(number), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        world = world_from_env()
+    def rank(world: World) -> None:
         outcome = carry_out(
             work(fresh_model, tiny_examples, world), RunFolder(path=tmp_path), world, Screen(quiet=True)
         )
         assert outcome.done.step == 3
         assert outcome.best == {"step": 1.0, "cost": 1.0}
-        dist.destroy_process_group()
 
-    children = [fork(lambda number=number: rank(number)) for number in range(2)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    two_ranks(rank)
     assert [line["cost"] for line in read_jsonl(tmp_path / "metrics.jsonl") if "cost" in line] == [1.0, 2.0, 3.0]

@@ -25,7 +25,7 @@ from tunesmith.serve.locks import worker_of
 pytestmark = pytest.mark.slow
 SMALL: dict[str, Any] = {"forgetting": False, "shots": 0, "max_new_tokens": 4, "rank": 2, "test": 0.2}
 KEY = "a-key-of-some-length"
-STEPS = 250
+STEPS = 600
 
 
 class Shop:

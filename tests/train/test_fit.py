@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,7 +23,7 @@ from tunesmith.train.fit import StepDone, fit
 from tunesmith.train.interrupt import graceful
 from tunesmith.train.optim import Optimization
 from tunesmith.types import Example
-from tunesmith.world import World, world_from_env
+from tunesmith.world import World
 
 # With the usual epsilon Adam's first steps depend on the sign of gradients that are nothing but rounding.
 SMOOTH = Optimization(learning_rate=1e-2, epsilon=1e-3, clip=1e9)
@@ -106,19 +103,9 @@ def test_two_ranks_train_what_one_trains(
     tiny_model_folder: Path,
     tiny_examples: list[Example],
     tmp_path: Path,
-    fork: Callable[[Callable[[], object]], int],
+    two_ranks: Callable[[Callable[[World], object]], None],
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def rank(number: int) -> None:
-        os.environ.update(WORLD_SIZE="2", RANK=str(number), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        train(tiny_model_folder, update, tiny_examples, world_from_env(), 4096, tmp_path)
-        dist.destroy_process_group()
-
-    children = [fork(lambda number=number: rank(number)) for number in range(2)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    two_ranks(lambda world: train(tiny_model_folder, update, tiny_examples, world, 4096, tmp_path))
     alone = tmp_path / "alone"
     alone.mkdir()
     train(tiny_model_folder, update, tiny_examples, World(), 4096, alone)

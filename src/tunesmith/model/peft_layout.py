@@ -42,8 +42,9 @@ def read_adapter(folder: Path) -> Adapter:
     """What save_adapter or PEFT wrote. Raises ModelError if it cannot be read or is more than a plain adapter."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        rank, alpha = config["r"], config["lora_alpha"]
         tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"cannot read the adapter: {error}", where=str(folder), fix="Give a folder in PEFT's layout."
         ) from None
@@ -52,11 +53,10 @@ def read_adapter(folder: Path) -> Adapter:
             "only plain LoRA adapters are supported", where=str(folder), fix="Merge the adapter with PEFT first."
         )
     names = {name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in tensors}
-    scale_rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
-    alpha = config["lora_alpha"] / scale_rank * config["r"]
+    alpha *= rank**0.5 if config.get("use_rslora") else 1.0  # there it is divided by the root of the rank
     leaves = tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
     lowest = min((block_of(name) or 0 for name in names), default=0)
-    shape = LoraShape(rank=config["r"], alpha=alpha, target=leaves, lowest=lowest)
+    shape = LoraShape(rank=rank, alpha=alpha, target=leaves, lowest=lowest)
     try:
         sides = {name: [tensors[f"{PREFIX}{name}.lora_{side}.weight"] for side in "AB"] for name in names}
     except KeyError as error:

@@ -43,12 +43,12 @@ def hold_still(hf: PreTrainedModel) -> list[str]:
 
     transformers changes them with the longest row, so that one row would change what stands beside it or comes after.
     """
-    held = ""
+    held, longest = "", context_of(hf.config)
+    two_lengths = longest < hf.config.get_text_config().max_position_embeddings
     for module in hf.modules():
         kind = vars(module).get("rope_type")
-        if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+        if isinstance(kind, str) and ("dynamic" in kind or (kind == "longrope" and two_lengths)):
             vars(module)["rope_type"], held = "default", kind  # read nowhere else once the module is made
-    longest = context_of(hf.config)
     return [f"rows have up to {longest:,} tokens, beyond which all would be turned otherwise ({held})"] if held else []
 
 
