@@ -47,15 +47,15 @@ def test_a_job_is_watched_paused_resumed_and_tried(
         browser.until(f"document.body.dataset.view === '{view}'")
     browser.until("document.body.innerText.includes('No job yet')")
 
-    client = OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
     method: Any = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 100, "batch_size": 4}}}
-    job = client.fine_tuning.jobs.create(
-        model=server.hall.base_name,
-        training_file=client.files.create(file=("rows.jsonl", rows()), purpose="fine-tune").id,
-        method=method,
-        suffix="upper",
-        extra_body={"tunesmith": {**SMALL, "instructions": HOSTILE}},
-    )
+    with OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+        job = client.fine_tuning.jobs.create(
+            model=server.hall.base_name,
+            training_file=client.files.create(file=("rows.jsonl", rows()), purpose="fine-tune").id,
+            method=method,
+            suffix="upper",
+            extra_body={"tunesmith": {**SMALL, "instructions": HOSTILE}},
+        )
 
     # The loss is drawn while the job is at work.
     browser.until(f"document.body.dataset.job === '{job.id}'")
@@ -93,10 +93,10 @@ def test_a_job_is_watched_paused_resumed_and_tried(
 
 def test_why_a_job_failed_stands_on_the_page(browser: Any, serve: Any, tiny_model_folder: Path, tmp_path: Path) -> None:
     server = serve(tiny_model_folder, jobs=tmp_path / "jobs")
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     bad = rows() + json.dumps({"messages": [{"role": "user", "content": HOSTILE}]}).encode()
-    file = client.files.create(file=("tickets.jsonl", bad), purpose="fine-tune").id
-    client.fine_tuning.jobs.create(model=server.hall.base_name, training_file=file)
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        file = client.files.create(file=("tickets.jsonl", bad), purpose="fine-tune").id
+        client.fine_tuning.jobs.create(model=server.hall.base_name, training_file=file)
     browser.open(f"{server.url}/jobs")
     when(browser, "failed")
     assert "training/tickets.jsonl:41: the last message is from 'user'" in text(browser, "#error")

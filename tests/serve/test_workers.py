@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Shop:
     def __init__(self, base: Path, folder: Path) -> None:
         self.base, self.folder, self.port = base, folder, 0
         self.process: subprocess.Popen[str] | None = None
+        self.clients = ExitStack()
 
     def start(self, *words: str) -> OpenAI:
         """Start it, on the port that it had before, and wait until it listens."""
@@ -52,7 +54,8 @@ class Shop:
             said.append(line)
             if found := re.search(r"http://127\.0\.0\.1:(\d+)/v1", line):
                 self.port = int(found[1])
-                return OpenAI(base_url=found[0], api_key=KEY, max_retries=0, timeout=60)
+                client = OpenAI(base_url=found[0], api_key=KEY, max_retries=0, timeout=60)
+                return self.clients.enter_context(client)
         raise AssertionError("".join(said))
 
     def end(self, number: int) -> int:
@@ -67,7 +70,8 @@ class Shop:
 @pytest.fixture
 def shop(tiny_model_folder: Path, tmp_path: Path) -> Iterator[Shop]:
     one = Shop(tiny_model_folder, tmp_path / "jobs")
-    yield one
+    with one.clients:
+        yield one
     if one.process:
         one.end(signal.SIGKILL)
     for folder in (tmp_path / "jobs" / "jobs").glob("*"):
