@@ -6,6 +6,7 @@ torch is imported only by the fixtures that need it, so that tests of reports an
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import random
@@ -23,6 +24,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+gc.disable()  # while tests are imported: what is imported is never garbage, and looking at it is a tenth of the suite
+
+
+def pytest_collection_finish() -> None:
+    """Look after what tests make alone."""
+    gc.freeze()
+    gc.enable()
+
 
 settings.register_profile("untimed", deadline=None)  # how long an example takes depends on what else runs
 settings.load_profile("untimed")

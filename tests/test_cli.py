@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import gc
 import json
 import os
 import shutil
@@ -249,6 +250,11 @@ def test_doctor_lists_the_machine(shell: Shell) -> None:
     done = shell("doctor")
     assert done.code == 0, done.err
     assert "float32 products" in done.out
+
+
+def test_what_a_command_leaves_is_still_collected(shell: Shell) -> None:
+    assert shell("check", "nowhere.yaml").code == 2
+    assert gc.isenabled()
 
 
 def test_schema_is_the_one_that_is_shipped(shell: Shell) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,13 +34,25 @@ Json = Annotated[bool, typer.Option("--json", help="Print results.json on standa
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Import without the garbage collector: it would look at a million new objects again and again, all in use."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @app.command()
 def run(
     recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False, json_: Json = False, debug: Debug = False
 ) -> None:
     """Do the whole job; the same command goes on after a stop."""
-    from .pipeline.run import run as run_recipe
-    from .world import world_from_env
+    with _importing():
+        from .pipeline.run import run as run_recipe
+        from .world import world_from_env
 
     world = world_from_env()
     screen = Screen(quiet=quiet or json_ or not world.leads)
@@ -61,9 +76,10 @@ def distill(
     debug: Debug = False,
 ) -> None:
     """Train a student to do without a long prompt: collect a teacher's answers, tune, and compare the two."""
-    from .pipeline.distill import bill, plan_distillation
-    from .pipeline.distill import distill as distill_recipe
-    from .world import world_from_env
+    with _importing():
+        from .pipeline.distill import bill, plan_distillation
+        from .pipeline.distill import distill as distill_recipe
+        from .world import world_from_env
 
     world = world_from_env()
     screen = Screen(quiet=quiet or json_ or not world.leads)
@@ -89,9 +105,10 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Look at the data: what is kept and why, and which tokens are trained (green)."""
-    from .data.show import masked_text
-    from .model.load import load_vocabulary
-    from .pipeline.forecast import trained_rows
+    with _importing():
+        from .data.show import masked_text
+        from .model.load import load_vocabulary
+        from .pipeline.forecast import trained_rows
 
     resolved = load_recipe(recipe, tuple(set_ or ()))
     console = terminal()
@@ -113,8 +130,9 @@ def check(
 @app.command()
 def plan(recipe: RecipePath, set_: Overrides = None, debug: Debug = False) -> None:
     """Predict memory, time and FLOPs, and the smallest gain the test rows can show; trains nothing."""
-    from .pipeline.forecast import forecast
-    from .world import world_from_env
+    with _importing():
+        from .pipeline.forecast import forecast
+        from .world import world_from_env
 
     forecast(load_recipe(recipe, tuple(set_ or ())), recipe.parent, world_from_env(), Screen(console=terminal()))
 
@@ -127,7 +145,8 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Answer other rows with a run's model and grade them; prints JSON."""
-    from .pipeline.again import evaluate_again
+    with _importing():
+        from .pipeline.again import evaluate_again
 
     print(json.dumps(evaluate_again(run_folder, data, update, Screen()), indent=1))
 
@@ -135,7 +154,8 @@ def evaluate(
 @app.command()
 def compare(first: RunPath, second: RunPath, debug: Debug = False) -> None:
     """Compare the tuned models of two runs on the test rows that both answered."""
-    from .pipeline.again import compare_runs
+    with _importing():
+        from .pipeline.again import compare_runs
 
     Screen(console=terminal()).table(["metric", "first", "second", "first - second", "p"], compare_runs(first, second))
 
@@ -152,7 +172,8 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Hand the tuned model to other programs, after comparing it there with what was judged; 1 if it falls short."""
-    from .pipeline.export import Wanted, export, show_export
+    with _importing():
+        from .pipeline.export import Wanted, export, show_export
 
     wanted = Wanted(to=to, type=type_, out=out, update=update, rows=rows, checked=not unchecked)
     record = export(run_folder, wanted, Screen(console=terminal(stderr=True, soft_wrap=True)))
@@ -164,7 +185,8 @@ def export(
 @app.command()
 def report(run_folder: RunPath, debug: Debug = False) -> None:
     """Write report.html again from the run folder and print the verdict."""
-    from .report.page import write_report
+    with _importing():
+        from .report.page import write_report
 
     write_report(run_folder)
     _print_report(run_folder)
@@ -176,7 +198,8 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Talk to a tuned model in the terminal; an empty line ends."""
-    from .pipeline.again import chat_with
+    with _importing():
+        from .pipeline.again import chat_with
 
     chat_with(model, terminal())
 
@@ -200,8 +223,9 @@ def label(
     debug: Debug = False,
 ) -> None:
     """Let people choose between two answers in a local page; the choices train `reward` and `dpo`."""
-    from .serve import label as labelling
-    from .serve.turns import Sharing
+    with _importing():
+        from .serve import label as labelling
+        from .serve.turns import Sharing
 
     resolved, folder = load_recipe(recipe, tuple(set_ or ())), out or labelling.label_folder(recipe)
     if export:
@@ -241,9 +265,10 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Answer over HTTP as OpenAI's API does: one base in memory, each run's adapter by its folder's name."""
-    from .serve import start
-    from .serve.engine import Limits
-    from .serve.tuning import Shop
+    with _importing():
+        from .serve import start
+        from .serve.engine import Limits
+        from .serve.tuning import Shop
 
     door = start.Door(host=host, port=port, key=key, names=tuple(name or ()))
     limits = Limits(rows=batch, waiting=queue, context_tokens=context)
@@ -254,7 +279,8 @@ def serve(
 @app.command()
 def doctor(debug: Debug = False) -> None:
     """Say what this machine can do and whether everything that Tunesmith needs is here."""
-    from .pipeline.health import examine
+    with _importing():
+        from .pipeline.health import examine
 
     Screen(console=terminal()).table(["", "", ""], examine())
 
@@ -273,7 +299,8 @@ def version() -> None:
 
 def _print_report(run_folder: Path) -> None:
     """The verdict on the terminal; imported when there is one, as matplotlib comes with it."""
-    from .report.page import print_report
+    with _importing():
+        from .report.page import print_report
 
     print_report(run_folder, terminal())
 
