@@ -89,7 +89,7 @@ def write(path: Path, count: int) -> None:
     ]
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
-            prompt = f"Ticket {number}: {' '.join(draw.choices(words, k=draw.randint(10, 40)))}"
+            prompt = f"Ticket {number:07}: {' '.join(draw.choices(words, k=draw.randint(10, 40)))}"
             answer = " ".join(draw.choices(words, k=draw.randint(3, 8)))
             file.write(json.dumps({"prompt": prompt, "completion": answer}) + "\n")
 
