@@ -193,6 +193,25 @@ def test_a_policy_run_ends_with_a_judged_model(policy: Callable[..., Raw], metho
     assert run(parse_recipe(policy(method))).path == folder.path
 
 
+def test_a_look_beyond_the_limit_of_distance_is_not_handed_over_and_the_verdict_says_so(
+    policy: Callable[..., Raw], common: Raw, tmp_path: Path
+) -> None:
+    few = {"rollouts": 3, "prompts": 4, "group": 3}
+    often = {**common["train"], "evaluations": 3, "patience": 9}
+    own = tmp_path / "own.py"
+    own.write_text("def upper(answer, item):\n    return -float(sum(map(str.islower, answer)))\n", encoding="utf-8")
+    told = {"reward": f"{own}:upper", "train": often}
+    free = read_json(run(parse_recipe(policy("grpo", out=str(tmp_path / "free"), policy=few, **told))).results)
+    first, *_, last = sorted(look["kl"] for look in free["curve"][1:])
+    limit = {**few, "kl_limit": (first + last) / 2}
+    held = read_json(run(parse_recipe(policy("grpo", out=str(tmp_path / "held"), policy=limit, **told))).results)
+    assert any(look["beyond_limit"] > 0 for look in held["curve"][1:])
+    (chosen,) = (look for look in held["curve"] if look["chosen"])
+    assert chosen["kl"] < limit["kl_limit"]
+    assert "could not be chosen, whatever" in held["verdict"]["reasons"][-1]
+    assert not any("kl_limit" in reason for reason in free["verdict"]["reasons"])
+
+
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
 def test_compute_is_counted_of_the_answers_that_were_drawn(policy: Callable[..., Raw], method: str) -> None:
     raw = policy(method)

@@ -288,6 +288,18 @@ def test_a_function_that_rewards_is_drawn_as_the_proxy(record: RunRecord) -> Non
     assert "proxy: the reward trained on" in chart.svg
 
 
+def test_a_limit_that_looks_lie_beyond_is_drawn(record: RunRecord) -> None:
+    record.recipe["policy"] = {"kl_limit": 18.0}
+    before = over_optimisation_chart(record)
+    for point in record.results["curve"]:
+        point["beyond_limit"] = max(point["kl"] - 18.0, 0.0)
+    after = over_optimisation_chart(record)
+    assert before
+    assert after
+    assert "policy.kl_limit" in after.svg
+    assert "policy.kl_limit" not in before.svg
+
+
 def test_without_a_judge_the_page_says_what_the_reward_cannot_show(record: RunRecord, text_of: Callable) -> None:
     record.results.update({"win_rate_by": "reward", "task": {"metric": "reward_score"}})
     for point in record.results["curve"]:

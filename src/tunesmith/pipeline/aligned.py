@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,11 @@ from ..recipe import Update
 from ..tensors import Loss, StepSource
 from ..train.meter import machine, reset_peak_memory
 from ..train.optim import Optimization
-from ..types import UNSCORED, Estimate
+from ..types import UNSCORED, Estimate, Verdict
 from ..world import World
 from .begin import Place, opened
 from .handed import hand_over
-from .loop import Undertaking, carry_out
+from .loop import BEYOND, Undertaking, carry_out
 from .panel import FUNCTION, Panel, Reference, Seen, at_temperature, look, wins
 from .prompts import Prompts
 from .results import lost_ability
@@ -39,7 +40,10 @@ _ROLLOUT += ("unended", "unscored", "alike")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Aligning:
-    """A policy about to be trained. `watch`, where given, looks at validation rows besides the panel's look."""
+    """A policy about to be trained. `watch`, where given, looks at validation rows besides the panel's look.
+
+    Looks more than `farthest` nats from the reference are not handed over while others are nearer.
+    """
 
     model: Model
     shape: LoraShape | None
@@ -51,6 +55,7 @@ class Aligning:
     beside: Callable[[], Mapping[str, float]] = dict
     enough: Callable[[], str] = str
     watch: Callable[[], dict[str, float]] = dict
+    farthest: float = math.inf
 
 
 def align(place: Place, base: Model, prompts: Prompts, panel: Panel, begin: Callable[[Model], Aligning]) -> None:
@@ -128,6 +133,7 @@ def _trained(
         found = work.watch()
         seen = look(work.model, work.reference, panel, prompts, "valid", how)
         line = {**_point(seen, on_valid, panel), **found}
+        line[BEYOND] = max(line["kl"] - work.farthest, 0.0)
         return {**line, "cost": -line[panel.decides] if panel.decides else found["valid_loss"]}
 
     undertaking = Undertaking(
@@ -165,7 +171,20 @@ def _point(seen: Seen, base: Seen, panel: Panel) -> dict[str, float]:
 
 def _described(line: Mapping[str, float]) -> str:
     wanted = ("judge_score", "reward_score", "reward", "win_rate", "kl", "length_tokens", "valid_loss", "valid_metric")
-    return ", ".join(f"{name.replace('_', ' ')} {line[name]:.3f}" for name in wanted if name in line)
+    told = ", ".join(f"{name.replace('_', ' ')} {line[name]:.3f}" for name in wanted if name in line)
+    return told + (", beyond policy.kl_limit" if line[BEYOND] else "")
+
+
+def _beyond(curve: Sequence[Mapping[str, float]], limit: float) -> str:
+    """What became of looks that lay too far from the reference, if any did."""
+    looks = curve[1:]
+    far = [look for look in looks if look.get(BEYOND)]
+    if not far:
+        return ""
+    what = f"{len(far)} of {len(looks)} looks at validation prompts lay beyond policy.kl_limit ({limit:g} nats)"
+    if len(far) < len(looks):
+        return f"{what} and could not be chosen, whatever they scored."
+    return f"{what}: the nearest was taken. Look more often (train.evaluations) or learn more slowly."
 
 
 def _told(seen: Seen, panel: Panel) -> str:
@@ -226,7 +245,10 @@ def _results(
     rise = Estimate(**lost["general_loss"]["change"]) if lost else None
     by = {"judge_score": "judge", "reward_score": "reward model", "reward": "reward"}.get(panel.decides, "")
     limit = recipe.evaluate.forgetting_limit
-    verdict = verdict_on_policy(won, by, prompts.asked, kl, rise, limit) if won else None
+    nobody = Verdict(decision="not shown", reasons=("Nothing judged the answers: set reward: to a reward run.",))
+    verdict = verdict_on_policy(won, by, prompts.asked, kl, rise, limit) if won else nobody
+    if beyond := _beyond(curve, recipe.policy.kl_limit):
+        verdict = replace(verdict, reasons=(*verdict.reasons, beyond))
     lines = [line for line in read_jsonl(place.folder.metrics) if line["arm"] == update and "rollout" in line]
     rollouts = {line["rollout"]: {key: line[key] for key in _ROLLOUT if key in line} for line in lines}
     keys = ("seconds", "peak_memory_bytes", "flops")
@@ -235,9 +257,7 @@ def _results(
         "tunesmith": __version__,
         "method": recipe.method,
         "base": recipe.base,
-        "verdict": asdict(verdict)
-        if verdict
-        else {"decision": "not shown", "reasons": ["Nothing judged the answers: set reward: to a reward run."]},
+        "verdict": asdict(verdict),
         "subject": update,
         "task": {"metric": panel.decides or "length_tokens"},
         "arms": arms,

@@ -103,6 +103,7 @@ def _begin(place: Place, model: Model, prompts: Prompts, panel: Panel) -> Aligni
         reference=reference,
         beside=lambda: source.statistics,
         enough=lambda: _too_far(source.statistics, recipe),
+        farthest=recipe.policy.kl_limit,
     )
 
 
