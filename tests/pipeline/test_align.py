@@ -212,9 +212,11 @@ def test_a_look_beyond_the_limit_of_distance_is_not_handed_over_and_the_verdict_
     assert not any("kl_limit" in reason for reason in free["verdict"]["reasons"])
 
 
-@pytest.mark.parametrize("method", ["ppo", "grpo"])
-def test_compute_is_counted_of_the_answers_that_were_drawn(policy: Callable[..., Raw], method: str) -> None:
-    raw = policy(method)
+@pytest.mark.parametrize(("method", "batch"), [("ppo", None), ("grpo", None), ("ppo", 5), ("grpo", 64)])
+def test_compute_is_counted_of_the_answers_that_were_drawn(
+    policy: Callable[..., Raw], common: Raw, method: str, batch: int | None
+) -> None:
+    raw = policy(method, train={**common["train"], "batch": batch})
     results = read_json(run(parse_recipe(raw)).results)
     plan, train = results["plan"]["lora"], results["arms"]["lora"]["train"]
     assert plan["measured"]["flops"] == train["flops"]

@@ -107,6 +107,14 @@ def test_useful_flops_are_six_or_four_per_weight_and_token(fresh_model: Model) -
     assert flops(fresh_model, "lora", [10, 30], 100) == 4 * weights * 20 * 100
 
 
+def test_fewer_rows_than_a_batch_asks_for_cost_no_more_than_they_are(
+    fresh_model: Model, tiny_examples: list[Example]
+) -> None:
+    few = tiny_examples[:5]
+    tokens = sum(len(example.tokens) for example in few)
+    assert prediction(fresh_model, few).flops == pytest.approx(6 * fresh_model.product_parameters * tokens)
+
+
 PREDICT = """
 import sys
 import numpy as np

@@ -190,6 +190,10 @@ class _FirstRollout:
     def __call__(self, step: int) -> list[Batch]:
         return self.source(step)
 
+    @property
+    def rows_a_step(self) -> float:
+        return self.source.rows_a_step
+
     def row_tokens(self) -> list[float]:
         return self.source.row_tokens()
 

@@ -261,7 +261,7 @@ def predict(
     fixed, longest = float(resting + weights + states), math.ceil(max(sizes))
     expected = _step_bytes(model, len(heaviest.tokens), model.head_weight.requires_grad)
     _refuse_too_big(float(expected), fixed, heaviest, longest, model.device)
-    examples = source.steps * settings.batch
+    examples = source.steps * source.rows_a_step
     spared = max(examples - reach.rows, 0) * reach.row_tokens / (examples * float(np.mean(sizes)))
     dry = dry_run(model, source, loss, heaviest, shapes, spared)
     moving = _slack(model) * max(dry.peak_bytes - weights, 0)
