@@ -132,6 +132,44 @@ def test_a_reward_model_is_held_against_other_choices(reward_run: RunFolder, cho
         evaluate_again(copy, str(choices), "lora", Screen(quiet=True))
 
 
+@pytest.mark.parametrize(("method", "update"), [("ppo", "lora"), ("dpo", "full")])
+def test_a_policy_is_evaluated_by_what_judged_it(
+    policy: Callable[..., Raw], method: str, update: str, tmp_path: Path
+) -> None:
+    folder = run(parse_recipe(policy(method, update=update, task={"max_new_tokens": 6, "also": ["valid_json"]})))
+    results = read_json(folder.results)
+    own = [{"prompt": line["prompt"]} for line in read_jsonl(folder.answers("base"))]
+    write_jsonl(tmp_path / "own.jsonl", own)
+    again = evaluate_again(folder.path, str(tmp_path / "own.jsonl"), "", Screen(quiet=True))
+    assert again["win_rate_by"] == "judge"
+    for key in ("win_rate", "kl"):  # the same prompts, the same random numbers
+        assert again[key] == pytest.approx(results[key], abs=1e-5)
+    metrics = again["arms"][update]["metrics"]
+    assert metrics["judge_score"]["value"] == pytest.approx(results["arms"][update]["metrics"]["judge_score"]["value"])
+    assert "valid_json" in metrics
+    assert read_json(folder.results)["test_reads"] == 2
+    choices = [{"prompt": f"Tell {n % 20}", "chosen": "A", "rejected": "b" * (n + 1)} for n in range(40)]
+    write_jsonl(tmp_path / "others.jsonl", choices)
+    others = evaluate_again(folder.path, str(tmp_path / "others.jsonl"), update, Screen(quiet=True))
+    assert others["rows"] == others["win_rate"]["n"] == 20
+    assert read_json(folder.results)["test_reads"] == 2
+
+
+def test_a_policy_evaluated_by_another_reward_than_its_run_had_says_so(
+    policy: Callable[..., Raw], tmp_path: Path
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("def short(answer, item):\n    return -len(answer)\n", encoding="utf-8")
+    folder = run(parse_recipe(policy("grpo", reward=f"{own}:short")))
+    write_jsonl(tmp_path / "others.jsonl", [{"prompt": f"Tell {n}"} for n in range(12)])
+    own.write_text("def short(answer, item):\n    return len(answer)\n", encoding="utf-8")
+    told = io.StringIO()
+    screen = Screen(console=Console(file=told, soft_wrap=True))
+    found = evaluate_again(folder.path, str(tmp_path / "others.jsonl"), "", screen)
+    assert found["win_rate_by"] == "reward"
+    assert "the file of reward.by has changed since the run" in told.getvalue()
+
+
 def test_reward_and_judge_learn_from_disjoint_halves(choices: Path) -> None:
     lines = choices.read_text(encoding="utf-8").splitlines()
     rows = [

@@ -83,10 +83,12 @@ def _begin(place: Place, model: Model, prompts: Prompts, panel: Panel) -> Aligni
         if ppo
         else _grpo(reference, recipe, settings.microbatch_tokens)
     )
+    # At another temperature the ratios would not be of what was drawn.
+    drawn = replace(at_temperature(recipe, prompts.max_new_tokens), temperature=1.0)
     source = RolloutSteps(
         model,
         prompts.items["train"],
-        replace(at_temperature(recipe, prompts), temperature=1.0),  # else the ratios would not be of what was drawn
+        drawn,
         plan,
         panel.trained_on,
         shaped,
