@@ -324,6 +324,19 @@ def test_a_win_is_claimed_only_where_the_interval_lies_above_one_half(
     assert words in text_of(render_page(record))
 
 
+def test_a_handful_of_prompts_claims_no_win(record: RunRecord, text_of: Callable) -> None:
+    record.results["win_rate"] |= {"value": 1.0, "low": 0.51, "high": 1.0, "n": 4}
+    assert "is not shown to win against runs/sft" in text_of(render_page(record))
+
+
+def test_a_distance_below_0_has_a_minus_and_no_sign_where_it_rounds_to_0(record: RunRecord, text_of: Callable) -> None:
+    record.results["kl"] |= {"value": -0.01, "low": -0.3, "high": 0.2}
+    text = text_of(render_page(record))
+    assert "0.0 nats per sequence away" in text
+    assert "nats per sequence, −0.3 to 0.2" in text
+    assert "−0.0 nats" not in text
+
+
 @pytest.mark.parametrize(
     "keys",
     [

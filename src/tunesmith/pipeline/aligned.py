@@ -24,7 +24,7 @@ from ..recipe import Recipe, Update
 from ..tensors import Loss, StepSource
 from ..train.meter import machine, reset_peak_memory
 from ..train.optim import Optimization
-from ..types import UNSCORED, Estimate, Verdict
+from ..types import UNENDED, UNSCORED, Estimate, Verdict
 from ..world import World
 from .begin import Place, opened
 from .handed import hand_over
@@ -257,7 +257,9 @@ def _results(
         won, kl = Estimate(**found["win_rate"]), Estimate(**found["kl"])
         rise = Estimate(**lost["general_loss"]["change"]) if lost else None
         limit = recipe.evaluate.forgetting_limit
-        verdict = verdict_on_policy(won, found["win_rate_by"], prompts.asked, kl, rise, limit)
+        ties = float((wins(after, before, panel.decides) == 0.5).mean())
+        cut = {arm: one["metrics"][UNENDED]["value"] for arm, one in found["arms"].items()}
+        verdict = verdict_on_policy(won, found["win_rate_by"], prompts.asked, kl, rise, limit, ties=ties, cut=cut)
     if beyond := _beyond(curve, recipe.policy.kl_limit):
         verdict = replace(verdict, reasons=(*verdict.reasons, beyond))
     lines = [line for line in read_jsonl(place.folder.metrics) if line["arm"] == update and "rollout" in line]
