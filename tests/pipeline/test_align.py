@@ -92,7 +92,9 @@ def test_a_reward_model_learns_what_people_chose_and_says_how_surely(reward_run:
     assert results["models"][REWARD]["pair_accuracy"]["value"] > 0.9
     assert results["models"][JUDGE]["pair_accuracy"]["value"] > 0.9
     assert results["verdict"]["decision"] == "ship"
-    assert results["baselines"]["length"]["pair_accuracy"]["value"] == 0.5
+    length = results["baselines"]["length"]["pair_accuracy"]
+    assert length["value"] == 0.5
+    assert length["low"] < 0.4 < 0.6 < length["high"]  # every pair is a tie, which is not to know that all are
     assert reward_run.report.is_file()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ..types import FEWEST_ROWS, Contrast, Estimate, Verdict
-from .stats import estimate, one_each
+from .stats import estimate, one_each, win_rate
 from .verdict import MANY_CUT, judge_forgetting, too_few
 
 Scores = Float[np.ndarray, "pairs 2"]
@@ -93,7 +93,7 @@ def _of_some(
     seed: int,
 ) -> Estimate:
     mine = [group for group, is_in in zip(groups, inside, strict=True) if is_in]
-    return estimate(one_each(correct[inside], mine), level, seed)
+    return win_rate(one_each(correct[inside], mine), level, seed)
 
 
 def scores_of(scores: Scores) -> dict[str, dict[str, float]]:
