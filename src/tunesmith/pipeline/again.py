@@ -23,11 +23,11 @@ from ..evaluate.metrics import find_metric
 from ..evaluate.stats import contrast, estimate
 from ..evaluate.systems import Prompting
 from ..folder import RunFolder, is_run_folder, read_json, read_jsonl, sha256_file, write_json
-from ..model.load import Model, load
+from ..model.load import Model, Vocabulary, load
 from ..model.sample import Sampling, sample
 from ..recipe import DataSpec, Recipe, load_recipe
 from ..screen import Screen
-from ..types import UNENDED, Comparison, Conversation, Message, Row
+from ..types import UNENDED, Comparison, Conversation, Item, Message, Row
 from ..world import World
 from .aligned import compared, itself, reference_of
 from .handed import made_by, open_made
@@ -37,6 +37,8 @@ from .prepare import fingerprints, questions
 from .prompts import each_once, longest_prompt, question
 from .reward import agreement_with
 from .rows import conversations
+
+CHAT_TOKENS = 256  # of an answer
 
 
 def open_model(name: str, world: World, update: str = "") -> Model:
@@ -76,6 +78,7 @@ def evaluate_again(run_folder: Path, data: str, update: str, screen: Screen) -> 
     asked = questions(conversations(rows), recipe.task)
     model = open_model(str(run_folder), World(), update)
     how = Sampling(max_new_tokens=plan["max_new_tokens"], batch=recipe.evaluate.batch)
+    _warn_of_long(asked, how.max_new_tokens, model.vocabulary, screen)
     with screen.progress("answering", len(asked)) as tick:
         found = measure(model, Prompting(name="tuned"), asked, grades, how, progress=tick)
     _count_read(folder, set(found.ids))
@@ -153,7 +156,11 @@ def chat_with(name: str, console: Console) -> None:
     while question := _asked(console):
         turns.append(Message(role="user", content=question))
         prompt = np.array(prompt_tokens(turns, model.tokenizer))
-        (answer,) = sample(model, [prompt], Sampling(max_new_tokens=256))
+        if len(prompt) + CHAT_TOKENS > model.vocabulary.context_tokens:
+            console.print("[dim]this is longer than the model's context: it knows no more of what was said before[/]")
+            turns = turns[-1:]
+            prompt = np.array(prompt_tokens(turns, model.tokenizer))
+        (answer,) = sample(model, [prompt], Sampling(max_new_tokens=CHAT_TOKENS))
         console.print(answer.text, markup=False, highlight=False)
         turns.append(Message(role="assistant", content=answer.text))
 
@@ -189,6 +196,15 @@ def _warn_of_known(data: str, rows: Sequence[Row], recipe: Recipe, trained: str 
         if shared := sum(question_key(row) in known for row in rows):
             held_out = "those that the run did not hold out were trained on, and say nothing of new rows"
             screen.warn(f"{shared} of {len(rows)} rows ask what rows of {own} ask: {held_out}")
+
+
+def _warn_of_long(items: Sequence[Item], room: int, vocabulary: Vocabulary, screen: Screen) -> None:
+    """Say so where a prompt and its answer may go beyond what the model was made for, which shows in no other way."""
+    most = vocabulary.context_tokens - room
+    prompts = (prompt_tokens(item.prompt, vocabulary.tokenizer, item.tools) for item in items if item.prompt)
+    if long := sum(len(prompt) > most for prompt in prompts):
+        what = f"{long} of {len(items)} prompts leave no room for {room} tokens of answer in the model's context"
+        screen.warn(f"{what} of {vocabulary.context_tokens:,}: answers may be worse for it")
 
 
 def _prompt_of(line: Mapping[str, Any]) -> str:
