@@ -187,7 +187,7 @@ class PolicySpec(Spec):
     temperature: float = Field(default=1.0, gt=0, description="of the answers that are judged; training draws at 1")
     kl: float | None = Field(default=None, ge=0, description="price of a nat from the base; 0.05 for ppo, 0 for grpo")
     kl_target: float | None = Field(default=None, gt=0, description="ppo: adapt the price to be this many nats away")
-    kl_limit: float = Field(default=30.0, gt=0, description="stop when answers are this many nats from the base's")
+    kl_limit: float = Field(default=30.0, gt=0, description="nats from the base to stop at; no look beyond is chosen")
     value_start: Literal["zero", "reward"] = Field(default="zero", description="ppo: where the value head begins")
     advantage: Literal["grpo", "rloo"] = "grpo"
     mix: float = Field(default=0.0, ge=0, description="ppo: weight of imitating the answers of data.train beside it")

@@ -141,6 +141,11 @@ class StepSource(Protocol):
         """The batches of optimizer step `step` (0-based) for this rank."""
         ...
 
+    @property
+    def rows_a_step(self) -> float:
+        """How many rows a step counts on all ranks together, on average."""
+        ...
+
     def row_tokens(self) -> Sequence[float]:
         """Tokens of each of the rows that a step counts: examples, pairs, or answers drawn so far."""
         ...

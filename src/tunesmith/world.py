@@ -18,10 +18,11 @@ PATIENCE = timedelta(days=1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """This process's place among `size` ranks, and its device."""
+    """This process's place among `size` ranks, and its device, whose memory `sharing` of them have to share."""
 
     rank: int = 0
     size: int = 1
+    sharing: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -66,4 +67,5 @@ def world_from_env() -> World:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
-    return World(rank=rank, size=size, device=device)
+    sharing = 1 if cuda else int(os.environ.get("LOCAL_WORLD_SIZE", size))  # each has a GPU of its own
+    return World(rank=rank, size=size, sharing=sharing, device=device)

@@ -120,6 +120,16 @@ def test_an_opponent_whose_answers_were_cut_is_told() -> None:
     assert "cut" not in " ".join(decide(gain(0.1, 0.3), None, 0.2, cut=0.02).reasons)
 
 
+def test_many_ties_and_answers_cut_on_either_side_are_told_with_a_win_rate() -> None:
+    won, far = Estimate(value=0.6, low=0.55, high=0.65, n=200, level=0.95), rise(1.0, 2.0)
+    told = verdict_on_policy(won, "judge", "200 prompts", far, None, 0.2, ties=0.75, cut={"base": 0.4, "lora": 0.0})
+    assert told.decision == "ship"
+    assert "75% of the prompts are ties" in " ".join(told.reasons)
+    assert "cut 40% of base's and 0% of lora's answers" in " ".join(told.reasons)
+    plain = verdict_on_policy(won, "judge", "200 prompts", far, None, 0.2, ties=0.1, cut={"base": 0.0, "lora": 0.02})
+    assert len(plain.reasons) == 2
+
+
 def test_a_handful_of_choices_or_prompts_carries_no_verdict() -> None:
     few = Estimate(value=1.0, low=0.51, high=1.0, n=4, level=0.95)
     assert verdict_on_reward(few, gain(0.2, 0.9, "pair_accuracy", n=4), 4).decision == "not shown"

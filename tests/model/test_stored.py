@@ -152,6 +152,14 @@ def test_float32_is_left_where_it_would_take_over_half_of_the_memory(
     assert found.reason == ("as lora.weights asks, or full fine-tuning needs" if wanted != "auto" else found.reason)
 
 
+def test_float32_is_counted_for_each_process_that_shares_the_memory(
+    short_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "available_bytes", lambda device: int(8.5 * numbers_in(short_folder)))
+    worlds = (World(), World(size=2, sharing=2), World(size=2))
+    assert [kept_as(short_folder, "auto", world).value == "float32" for world in worlds] == [True, False, True]
+
+
 def numbers_in(folder: Path) -> int:
     return sum(tensor.numel() for path in folder.glob("*.safetensors") for tensor in load_file(path).values())
 

@@ -153,3 +153,19 @@ def test_a_chat_ends_with_an_empty_line_or_the_input(finished_run: Path, monkeyp
         shown = io.StringIO()
         chat_with(str(finished_run.with_name("run")), Console(file=shown, width=200))
         assert "never read" not in shown.getvalue()
+
+
+def test_a_chat_that_outgrows_the_context_goes_on_without_what_was_said_first(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n" + "word " * 20 + "\n" + "other " * 60 + "\n"))
+    shown = io.StringIO()
+    chat_with(str(finished_run.with_name("run")), Console(file=shown, width=200))
+    assert shown.getvalue().count("longer than the model's context") == 1
+
+
+def test_prompts_that_leave_the_context_no_room_for_an_answer_are_told(copy: Path, tmp_path: Path) -> None:
+    asked = rows(tmp_path / "long.jsonl", ("Upper case of: " + "zyx " * 300, "ZYX"), ("Upper case of: zzz", "ZZZ"))
+    said = Console(file=io.StringIO(), width=500)
+    assert evaluate_again(copy, asked, "lora", Screen(console=said))["rows"] == 2
+    assert "1 of 2 prompts leave no room for" in said.file.getvalue()  # type: ignore[attr-defined]

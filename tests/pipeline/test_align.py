@@ -92,7 +92,9 @@ def test_a_reward_model_learns_what_people_chose_and_says_how_surely(reward_run:
     assert results["models"][REWARD]["pair_accuracy"]["value"] > 0.9
     assert results["models"][JUDGE]["pair_accuracy"]["value"] > 0.9
     assert results["verdict"]["decision"] == "ship"
-    assert results["baselines"]["length"]["pair_accuracy"]["value"] == 0.5
+    length = results["baselines"]["length"]["pair_accuracy"]
+    assert length["value"] == 0.5
+    assert length["low"] < 0.4 < 0.6 < length["high"]  # every pair is a tie, which is not to know that all are
     assert reward_run.report.is_file()
 
 
@@ -130,6 +132,44 @@ def test_a_reward_model_is_held_against_other_choices(reward_run: RunFolder, cho
     assert read_json(copy / "results.json")["test_reads"] == 2  # the run's own rows are among the first file's
     with pytest.raises(RecipeError, match="one update"):
         evaluate_again(copy, str(choices), "lora", Screen(quiet=True))
+
+
+@pytest.mark.parametrize(("method", "update"), [("ppo", "lora"), ("dpo", "full")])
+def test_a_policy_is_evaluated_by_what_judged_it(
+    policy: Callable[..., Raw], method: str, update: str, tmp_path: Path
+) -> None:
+    folder = run(parse_recipe(policy(method, update=update, task={"max_new_tokens": 6, "also": ["valid_json"]})))
+    results = read_json(folder.results)
+    own = [{"prompt": line["prompt"]} for line in read_jsonl(folder.answers("base"))]
+    write_jsonl(tmp_path / "own.jsonl", own)
+    again = evaluate_again(folder.path, str(tmp_path / "own.jsonl"), "", Screen(quiet=True))
+    assert again["win_rate_by"] == "judge"
+    for key in ("win_rate", "kl"):  # the same prompts, the same random numbers
+        assert again[key] == pytest.approx(results[key], abs=1e-5)
+    metrics = again["arms"][update]["metrics"]
+    assert metrics["judge_score"]["value"] == pytest.approx(results["arms"][update]["metrics"]["judge_score"]["value"])
+    assert "valid_json" in metrics
+    assert read_json(folder.results)["test_reads"] == 2
+    choices = [{"prompt": f"Tell {n % 20}", "chosen": "A", "rejected": "b" * (n + 1)} for n in range(40)]
+    write_jsonl(tmp_path / "others.jsonl", choices)
+    others = evaluate_again(folder.path, str(tmp_path / "others.jsonl"), update, Screen(quiet=True))
+    assert others["rows"] == others["win_rate"]["n"] == 20
+    assert read_json(folder.results)["test_reads"] == 2
+
+
+def test_a_policy_evaluated_by_another_reward_than_its_run_had_says_so(
+    policy: Callable[..., Raw], tmp_path: Path
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("def short(answer, item):\n    return -len(answer)\n", encoding="utf-8")
+    folder = run(parse_recipe(policy("grpo", reward=f"{own}:short")))
+    write_jsonl(tmp_path / "others.jsonl", [{"prompt": f"Tell {n}"} for n in range(12)])
+    own.write_text("def short(answer, item):\n    return len(answer)\n", encoding="utf-8")
+    told = io.StringIO()
+    screen = Screen(console=Console(file=told, soft_wrap=True))
+    found = evaluate_again(folder.path, str(tmp_path / "others.jsonl"), "", screen)
+    assert found["win_rate_by"] == "reward"
+    assert "the file of reward.by has changed since the run" in told.getvalue()
 
 
 def test_reward_and_judge_learn_from_disjoint_halves(choices: Path) -> None:
@@ -193,9 +233,30 @@ def test_a_policy_run_ends_with_a_judged_model(policy: Callable[..., Raw], metho
     assert run(parse_recipe(policy(method))).path == folder.path
 
 
-@pytest.mark.parametrize("method", ["ppo", "grpo"])
-def test_compute_is_counted_of_the_answers_that_were_drawn(policy: Callable[..., Raw], method: str) -> None:
-    raw = policy(method)
+def test_a_look_beyond_the_limit_of_distance_is_not_handed_over_and_the_verdict_says_so(
+    policy: Callable[..., Raw], common: Raw, tmp_path: Path
+) -> None:
+    few = {"rollouts": 3, "prompts": 4, "group": 3}
+    often = {**common["train"], "evaluations": 3, "patience": 9}
+    own = tmp_path / "own.py"
+    own.write_text("def upper(answer, item):\n    return -float(sum(map(str.islower, answer)))\n", encoding="utf-8")
+    told = {"reward": f"{own}:upper", "train": often}
+    free = read_json(run(parse_recipe(policy("grpo", out=str(tmp_path / "free"), policy=few, **told))).results)
+    first, *_, last = sorted(look["kl"] for look in free["curve"][1:])
+    limit = {**few, "kl_limit": (first + last) / 2}
+    held = read_json(run(parse_recipe(policy("grpo", out=str(tmp_path / "held"), policy=limit, **told))).results)
+    assert any(look["beyond_limit"] > 0 for look in held["curve"][1:])
+    (chosen,) = (look for look in held["curve"] if look["chosen"])
+    assert chosen["kl"] < limit["kl_limit"]
+    assert "could not be chosen, whatever" in held["verdict"]["reasons"][-1]
+    assert not any("kl_limit" in reason for reason in free["verdict"]["reasons"])
+
+
+@pytest.mark.parametrize(("method", "batch"), [("ppo", None), ("grpo", None), ("ppo", 5), ("grpo", 64)])
+def test_compute_is_counted_of_the_answers_that_were_drawn(
+    policy: Callable[..., Raw], common: Raw, method: str, batch: int | None
+) -> None:
+    raw = policy(method, train={**common["train"], "batch": batch})
     results = read_json(run(parse_recipe(raw)).results)
     plan, train = results["plan"]["lora"], results["arms"]["lora"]["train"]
     assert plan["measured"]["flops"] == train["flops"]

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from tunesmith.data.curate import Census
 from tunesmith.model.load import Model, load
 from tunesmith.model.sample import Sampling
 from tunesmith.pipeline.panel import Panel, look
-from tunesmith.pipeline.prompts import Prompts
 from tunesmith.types import Item, Message
 from tunesmith.world import World
 
@@ -43,18 +41,9 @@ def test_nats_from_the_reference_are_of_what_is_drawn_at_the_temperature(
 ) -> None:
     policy, base = (model_of(tiny_model_folder, packs, sharper) for sharper in (6, 1))
     items = tuple(Item(prompt=(Message(role="user", content=f"Q{n}"),), reference="", id=str(n)) for n in range(4))
-    prompts = Prompts(
-        items={"test": items},
-        examples=(),
-        max_new_tokens=5,
-        longest_tokens=64,
-        census=Census(splits={}),
-        ledger=(),
-        unit="prompt",
-    )
     panel = Panel(rewards={}, grades={}, decides="", missing_end=-1.0)
     how = Sampling(max_new_tokens=5, temperature=temperature, seed=1)
-    seen = look(policy, lambda: nullcontext(base), panel, prompts, "test", how)
+    seen = look(policy, lambda: nullcontext(base), panel, items, how)
     plain = [model_of(tiny_model_folder, False, sharper) for sharper in (6, 1)]
     for answer, far in zip(seen.answers, seen.kl, strict=True):
         drawn = (answer.example.tokens, len(answer.completion.tokens), temperature)

@@ -245,6 +245,7 @@ def test_a_run_goes_on_where_it_stopped(job: Callable[..., RunFolder], tmp_path:
     times = [path.stat().st_mtime_ns for path in done]
     assert results(job(stopped))["arms"]["lora"]["metrics"]["own.py:f"]["value"] == 1.0
     assert [path.stat().st_mtime_ns for path in done] == times
+    assert "since it was resumed" in folder.report.read_text()  # not "whole run": the clock began anew
 
 
 def test_a_metric_edited_between_stop_and_resume_is_refused(

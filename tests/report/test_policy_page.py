@@ -288,6 +288,18 @@ def test_a_function_that_rewards_is_drawn_as_the_proxy(record: RunRecord) -> Non
     assert "proxy: the reward trained on" in chart.svg
 
 
+def test_a_limit_that_looks_lie_beyond_is_drawn(record: RunRecord) -> None:
+    record.recipe["policy"] = {"kl_limit": 18.0}
+    before = over_optimisation_chart(record)
+    for point in record.results["curve"]:
+        point["beyond_limit"] = max(point["kl"] - 18.0, 0.0)
+    after = over_optimisation_chart(record)
+    assert before
+    assert after
+    assert "policy.kl_limit" in after.svg
+    assert "policy.kl_limit" not in before.svg
+
+
 def test_without_a_judge_the_page_says_what_the_reward_cannot_show(record: RunRecord, text_of: Callable) -> None:
     record.results.update({"win_rate_by": "reward", "task": {"metric": "reward_score"}})
     for point in record.results["curve"]:
@@ -310,6 +322,19 @@ def test_a_win_is_claimed_only_where_the_interval_lies_above_one_half(
 ) -> None:
     record.results["win_rate"] |= {"value": (low + high) / 2, "low": low, "high": high}
     assert words in text_of(render_page(record))
+
+
+def test_a_handful_of_prompts_claims_no_win(record: RunRecord, text_of: Callable) -> None:
+    record.results["win_rate"] |= {"value": 1.0, "low": 0.51, "high": 1.0, "n": 4}
+    assert "is not shown to win against runs/sft" in text_of(render_page(record))
+
+
+def test_a_distance_below_0_has_a_minus_and_no_sign_where_it_rounds_to_0(record: RunRecord, text_of: Callable) -> None:
+    record.results["kl"] |= {"value": -0.01, "low": -0.3, "high": 0.2}
+    text = text_of(render_page(record))
+    assert "0.0 nats per sequence away" in text
+    assert "nats per sequence, −0.3 to 0.2" in text
+    assert "−0.0 nats" not in text
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,13 @@ def test_a_win_rate_without_ties_has_a_score_interval(pair: MakePair) -> None:
     assert duel.win_rate == share(15, 20)
 
 
+def test_a_win_rate_of_ties_alone_is_not_known_to_be_one_half(pair: MakePair) -> None:
+    pairs = [pair(number, model_a="M", model_b="N") for number in range(20)]
+    (duel,) = of(pairs, [say(one, "Anna", "tie") for one in pairs]).duels
+    assert duel.win_rate.low < 0.45
+    assert duel.win_rate.high > 0.55
+
+
 def test_one_rater_has_the_same_numbers_as_everybody(pair: MakePair) -> None:
     pairs = [pair(number) for number in range(6)]
     found = of(pairs, [say(one, "Anna", "a") for one in pairs])

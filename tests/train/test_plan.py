@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,17 @@ def test_blocks_are_computed_again_where_a_micro_batch_has_no_room(
     assert re.search(r"2,048 tokens would take \d\.\d GB", settings.derived[-1].reason)
 
 
+def test_processes_on_one_machine_plan_with_their_share_of_its_memory(
+    fresh_model: Model, tiny_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (replace(fresh_model, sharing=ranks) for ranks in (1, 2))
+    need = 2 * plan.HEAP_SLACK * plan._step_bytes(one, 2048, False)
+    monkeypatch.setattr(plan, "available_bytes", lambda device: (memory_bytes(CPU) + need) / plan.RESERVED)
+    assert [derive(recipe(), "lora", model, tiny_examples).recompute for model in (one, two)] == [False, True]
+    with pytest.raises(TrainingError, match=r"(?s)each of 2 processes needs about .* Or start fewer\."):
+        prediction(two, tiny_examples)
+
+
 def test_the_prediction_changes_nothing(fresh_model: Model, tiny_model: Model, tiny_examples: list[Example]) -> None:
     found = prediction(fresh_model, tiny_examples)
     assert found.seconds > 0
@@ -105,6 +117,14 @@ def test_useful_flops_are_six_or_four_per_weight_and_token(fresh_model: Model) -
     assert flops(fresh_model, "full", [10, 30], 100) == 6 * weights * 20 * 100
     attach_lora(fresh_model.hf, LoraShape(rank=4, alpha=8.0), head=fresh_model.head)
     assert flops(fresh_model, "lora", [10, 30], 100) == 4 * weights * 20 * 100
+
+
+def test_fewer_rows_than_a_batch_asks_for_cost_no_more_than_they_are(
+    fresh_model: Model, tiny_examples: list[Example]
+) -> None:
+    few = tiny_examples[:5]
+    tokens = sum(len(example.tokens) for example in few)
+    assert prediction(fresh_model, few).flops == pytest.approx(6 * fresh_model.product_parameters * tokens)
 
 
 PREDICT = """

@@ -5,7 +5,7 @@ Scores come as [pairs 2], the chosen answer's first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -14,12 +14,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ..types import FEWEST_ROWS, Contrast, Estimate, Verdict
-from .stats import estimate, one_each
-from .verdict import judge_forgetting, too_few
+from .stats import estimate, one_each, win_rate
+from .verdict import MANY_CUT, judge_forgetting, too_few
 
 Scores = Float[np.ndarray, "pairs 2"]
 CALIBRATION = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LENGTHS_TOKENS = (-10, 0, 10)
+MANY_TIES = 0.2  # of the prompts, from which on the reasons tell
 
 
 def right(scores: Scores) -> Float[np.ndarray, "pairs"]:
@@ -92,7 +93,7 @@ def _of_some(
     seed: int,
 ) -> Estimate:
     mine = [group for group, is_in in zip(groups, inside, strict=True) if is_in]
-    return estimate(one_each(correct[inside], mine), level, seed)
+    return win_rate(one_each(correct[inside], mine), level, seed)
 
 
 def scores_of(scores: Scores) -> dict[str, dict[str, float]]:
@@ -117,14 +118,39 @@ def verdict_on_reward(accuracy: Estimate, over_length: Contrast, pairs: int) -> 
 
 
 def verdict_on_policy(
-    win_rate: Estimate, by: str, asked: str, kl: Estimate, forgetting: Estimate | None, forgetting_limit: float
+    win_rate: Estimate,
+    by: str,
+    asked: str,
+    kl: Estimate,
+    forgetting: Estimate | None,
+    forgetting_limit: float,
+    *,
+    ties: float = 0.0,
+    cut: Mapping[str, float] | None = None,
 ) -> Verdict:
-    """`ship` a policy that is shown to win more often than not and not shown to forget; docs/rlhf.md has the rule."""
+    """`ship` a policy that is shown to win more often than not and not shown to forget; docs/rlhf.md has the rule.
+
+    The share of `ties`, and `cut`, the share of each arm's answers that the limit of tokens ended, are only told.
+    """
     seen = f"wins {win_rate.value:.1%} of {asked} against the model it began as, by {by} "
     seen += f"({win_rate.low:.1%} to {win_rate.high:.1%}), {kl.value:.1f} nats an answer away from it"
     harm, forgot = judge_forgetting(forgetting, forgetting_limit)
+    reasons = (seen, *_told_of_wins(ties, cut or {}), forgot)
     if win_rate.n < FEWEST_ROWS:
-        return Verdict(decision="do not ship" if harm else "not shown", reasons=(seen, too_few(win_rate.n), forgot))
+        few = (seen, too_few(win_rate.n), *reasons[1:])
+        return Verdict(decision="do not ship" if harm else "not shown", reasons=few)
     if harm or win_rate.high < 0.5:
-        return Verdict(decision="do not ship", reasons=(seen, forgot))
-    return Verdict(decision="ship" if win_rate.low > 0.5 else "not shown", reasons=(seen, forgot))
+        return Verdict(decision="do not ship", reasons=reasons)
+    return Verdict(decision="ship" if win_rate.low > 0.5 else "not shown", reasons=reasons)
+
+
+def _told_of_wins(ties: float, cut: Mapping[str, float]) -> list[str]:
+    """What a reader of a win rate should know: how many prompts tell nothing, and whether an arm had room to answer."""
+    told = []
+    if ties > MANY_TIES:
+        told.append(f"{ties:.0%} of the prompts are ties, which count as half a win and say nothing.")
+    if any(share > MANY_CUT for share in cut.values()):
+        shares = " and ".join(f"{share:.0%} of {arm}'s" for arm, share in cut.items())
+        fix = "a win may be no more than coming to an end in time. Raise task.max_new_tokens if they were under way."
+        told.append(f"The limit of answer tokens cut {shares} answers: {fix}")
+    return told

@@ -95,12 +95,15 @@ def paired(left: Float[np.ndarray, "N"], right: Float[np.ndarray, "N"], level: f
     return Estimate(value=value, low=min(low, value), high=max(high, value), n=len(difference), level=level)
 
 
-def win_rate(wins: Float[np.ndarray, "N"], level: float = 0.95) -> Estimate:
+def win_rate(wins: Float[np.ndarray, "N"], level: float = 0.95, seed: int = 0) -> Estimate:
     """The mean of wins (1), losses (0) and ties (1/2), with Tango's interval of wins minus losses, halved.
 
-    Without ties that is Wilson's; with nothing but ties it keeps a width.
+    Without ties that is Wilson's; with nothing but ties it keeps a width. Other shares, as of several raters of a pair,
+    get the bootstrap's. Raises DataError as `estimate` does.
     """
-    lead = paired(wins, 1 - wins, level)
+    if np.isin(_checked(wins, "wins"), (0.0, 1.0)).all():
+        return estimate(wins, level, seed)
+    lead = paired(wins, 1 - wins, level, seed)
     value, low, high = ((1 + number) / 2 for number in (lead.value, lead.low, lead.high))
     return Estimate(value=value, low=low, high=high, n=lead.n, level=level)
 

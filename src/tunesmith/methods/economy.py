@@ -69,6 +69,11 @@ class KeptStates:
             self._make()
         return [replace(batch, states=self._states(batch)) for batch in self.source(step)]
 
+    @property
+    def rows_a_step(self) -> float:
+        """As without kept states."""
+        return self.source.rows_a_step
+
     def row_tokens(self) -> Sequence[float]:
         """As without kept states."""
         return self.source.row_tokens()

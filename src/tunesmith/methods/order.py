@@ -54,6 +54,11 @@ class EpochSteps:
         batches = pack_groups(chosen, budget_tokens=self.budget_tokens, share=self.share)
         return [self.finish(batch) for batch in batches]
 
+    @property
+    def rows_a_step(self) -> float:
+        """Groups of a step: all of them where `batch` asks for more."""
+        return self.batch
+
     def row_tokens(self) -> Sequence[float]:
         """Tokens of each group."""
         return [float(sum(len(example.tokens) for example in group)) for group in self.groups]

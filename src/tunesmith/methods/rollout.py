@@ -121,6 +121,11 @@ class RolloutSteps:
         groups = [part for n in chosen for part in cut_to_fit(self.groups[n], budget_tokens=budget, share=packs)]
         return pack_groups(groups, budget_tokens=budget, share=packs)
 
+    @property
+    def rows_a_step(self) -> float:
+        """Answers of a step, on average over the parts of a pass."""
+        return self.plan.prompts * self.plan.group / self.plan.parts
+
     def row_tokens(self) -> list[float]:
         """Tokens of every answer that was learned from, each with its prompt."""
         return [float(size) for path in sorted(self.store.glob("*.safetensors")) for size in _read(path)[0]["lengths"]]

@@ -72,7 +72,7 @@ class Model:
     """A causal language model, ready for the engine.
 
     `packs` says whether rows may share one stream; `blocks`, where the architecture has them, are its own forward pass.
-    `weights` is the type in which matrices are kept, with the reason.
+    `weights` is the type in which matrices are kept, with the reason; `sharing` processes share the device's memory.
     """
 
     hf: PreTrainedModel
@@ -81,6 +81,7 @@ class Model:
     weights: Derived = FLOAT32
     blocks: Blocks | None = None
     notes: tuple[str, ...] = ()
+    sharing: int = 1
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -261,7 +262,8 @@ def load(base: str, world: World, weights: Weights = "auto") -> Model:
         hf.set_attn_implementation("eager")  # the reference: others drop what they do not know (soft caps, sinks)
         notes.append(f"{type(hf).__name__} {reason}; one example a row instead")
     blocks = probed_blocks(hf) if packs else None
-    return Model(hf=hf, vocabulary=vocabulary, packs=packs, weights=kept, blocks=blocks, notes=tuple(notes))
+    about = {"weights": kept, "notes": tuple(notes), "sharing": world.sharing}
+    return Model(hf=hf, vocabulary=vocabulary, packs=packs, blocks=blocks, **about)
 
 
 def _on_gpu() -> Derived:

@@ -26,7 +26,7 @@ _NARROW = {"BF16": "bfloat16", "F16": "float16"}
 def kept_as(folder: Path, wanted: Weights, world: World) -> Derived:
     """The name of the type in which frozen weights are kept, and why. Raises ModelError where they do not fit."""
     numbers, stored = _in_files(folder)
-    room, float32 = available_bytes(world.device), 4 * numbers * world.size
+    room, float32 = available_bytes(world.device), 4 * numbers * world.sharing
     spare = wanted == "stored" or (wanted == "auto" and float32 > COMFORTABLE * room)
     kept = stored if spare else "float32"
     need = float32 if kept == "float32" else 2 * numbers  # mapped from their files: processes share them

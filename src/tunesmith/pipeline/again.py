@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +16,29 @@ from rich.console import Console
 from ..data.curate import curate
 from ..data.read import read
 from ..data.render import prompt_tokens
-from ..data.split import Splits, question_key
+from ..data.split import Splits, asked_key, question_key
 from ..errors import FolderError, RecipeError
 from ..evaluate.measure import measure, scored
 from ..evaluate.metrics import find_metric
 from ..evaluate.stats import contrast, estimate
 from ..evaluate.systems import Prompting
 from ..folder import RunFolder, is_run_folder, read_json, read_jsonl, sha256_file, write_json
-from ..model.load import Model, load
+from ..model.load import Model, Vocabulary, load
 from ..model.sample import Sampling, sample
 from ..recipe import DataSpec, Recipe, load_recipe
 from ..screen import Screen
-from ..types import UNENDED, Comparison, Conversation, Message, Row
+from ..types import UNENDED, Comparison, Conversation, Item, Message, Row
 from ..world import World
+from .aligned import compared, itself, reference_of
 from .handed import made_by, open_made
 from .pairs import comparisons
-from .prepare import questions
+from .panel import at_temperature, look, open_panel
+from .prepare import fingerprints, questions
+from .prompts import each_once, longest_prompt, question
 from .reward import agreement_with
 from .rows import conversations
+
+CHAT_TOKENS = 256  # of an answer
 
 
 def open_model(name: str, world: World, update: str = "") -> Model:
@@ -46,7 +53,10 @@ def open_model(name: str, world: World, update: str = "") -> Model:
 
 
 def evaluate_again(run_folder: Path, data: str, update: str, screen: Screen) -> dict[str, Any]:
-    """Grade a run's model on other rows. Asking any of the run's own test rows again counts as one more read."""
+    """Grade a run's model on other rows by what its verdict was made of: a metric, choices, or win rate by a judge.
+
+    Asking any of the run's own test rows again counts as one more read.
+    """
     if not is_run_folder(run_folder):
         raise FolderError(
             "not a run folder", where=str(run_folder), fix="Give the folder that `tunesmith run` printed."
@@ -60,12 +70,15 @@ def evaluate_again(run_folder: Path, data: str, update: str, screen: Screen) -> 
     if not {"root", "max_new_tokens"} <= set(plan):
         fix = "Delete the run folder, or set another `out`, and run the recipe again."
         raise FolderError("does not say how answers were made", where=str(folder.plan), fix=fix)
+    if recipe.method != "sft":
+        return _compared_again(folder, recipe, data, update, screen)
     names = [recipe.task.metric, *recipe.task.also]
     grades = {name: find_metric(name, recipe.task, Path(plan["root"])) for name in names}
     rows, left_out = _read(data, recipe, plan, screen)
     asked = questions(conversations(rows), recipe.task)
     model = open_model(str(run_folder), World(), update)
     how = Sampling(max_new_tokens=plan["max_new_tokens"], batch=recipe.evaluate.batch)
+    _warn_of_long(asked, how.max_new_tokens, model.vocabulary, screen)
     with screen.progress("answering", len(asked)) as tick:
         found = measure(model, Prompting(name="tuned"), asked, grades, how, progress=tick)
     _count_read(folder, set(found.ids))
@@ -85,6 +98,31 @@ def _judged_again(folder: RunFolder, recipe: Recipe, data: str, screen: Screen) 
     found = agreement_with(rows, folder, recipe, World(), screen)
     _count_read(folder, {row.id for row in rows})
     return {"data": data, "rows": len(rows), "left_out": left_out, **found}
+
+
+def _compared_again(folder: RunFolder, recipe: Recipe, data: str, update: str, screen: Screen) -> dict[str, Any]:
+    """A policy's answers to other prompts beside those of the model it began as, by the judge of the run's verdict."""
+    made, plan = made_by(folder.path, update), read_json(folder.plan)
+    root, room, world = Path(plan["root"]), plan["max_new_tokens"], World()
+    now = fingerprints(recipe, root)
+    for key in [key for key in now if key.startswith("reward") and plan.get("files", {}).get(key) != now[key]]:
+        screen.warn(f"the file of {key} has changed since the run: these scores are not those of its verdict")
+    rows, left_out = _read(data, recipe, plan, screen)
+    unit = read_json(folder.results)["data"].get("split_by", "prompt")
+    items = each_once(tuple(map(question, rows)), unit, "rows", screen)
+    model = open_made(made, world)
+    longest_prompt(items, rows, room, model.vocabulary)
+    reference, how = reference_of(model, made.update, recipe.base, world), at_temperature(recipe, room)
+    with ExitStack() as stack:
+        panel = open_panel(recipe, root, model, world, stack, screen)
+        with reference() as base:
+            before = look(base, itself(base), panel, items, how)
+        after = look(model, reference, panel, items, how)
+    _count_read(folder, {asked_key(item.prompt) for item in items}, _prompt_of)
+    if not panel.decides:
+        screen.warn("nothing judges the answers, as in the run itself: set reward: to a reward run")
+    found = compared(recipe, panel, before, after, made.update)
+    return {"data": data, "rows": len(items), "left_out": left_out, **found}
 
 
 def compare_runs(first: Path, second: Path) -> list[list[str]]:
@@ -118,7 +156,11 @@ def chat_with(name: str, console: Console) -> None:
     while question := _asked(console):
         turns.append(Message(role="user", content=question))
         prompt = np.array(prompt_tokens(turns, model.tokenizer))
-        (answer,) = sample(model, [prompt], Sampling(max_new_tokens=256))
+        if len(prompt) + CHAT_TOKENS > model.vocabulary.context_tokens:
+            console.print("[dim]this is longer than the model's context: it knows no more of what was said before[/]")
+            turns = turns[-1:]
+            prompt = np.array(prompt_tokens(turns, model.tokenizer))
+        (answer,) = sample(model, [prompt], Sampling(max_new_tokens=CHAT_TOKENS))
         console.print(answer.text, markup=False, highlight=False)
         turns.append(Message(role="assistant", content=answer.text))
 
@@ -156,10 +198,24 @@ def _warn_of_known(data: str, rows: Sequence[Row], recipe: Recipe, trained: str 
             screen.warn(f"{shared} of {len(rows)} rows ask what rows of {own} ask: {held_out}")
 
 
-def _count_read(folder: RunFolder, asked: set[str]) -> None:
+def _warn_of_long(items: Sequence[Item], room: int, vocabulary: Vocabulary, screen: Screen) -> None:
+    """Say so where a prompt and its answer may go beyond what the model was made for, which shows in no other way."""
+    most = vocabulary.context_tokens - room
+    prompts = (prompt_tokens(item.prompt, vocabulary.tokenizer, item.tools) for item in items if item.prompt)
+    if long := sum(len(prompt) > most for prompt in prompts):
+        what = f"{long} of {len(items)} prompts leave no room for {room} tokens of answer in the model's context"
+        screen.warn(f"{what} of {vocabulary.context_tokens:,}: answers may be worse for it")
+
+
+def _prompt_of(line: Mapping[str, Any]) -> str:
+    return asked_key(tuple(Message(role=turn["role"], content=turn["content"]) for turn in line["prompt"]))
+
+
+def _count_read(folder: RunFolder, asked: set[str], of: Callable[[Mapping[str, Any]], str] = itemgetter("id")) -> None:
+    """One more read of the test rows if any is among those asked; `of` is what an answer's line is known by."""
     if folder.results.is_file():
         results = read_json(folder.results)
-        if asked & {line["id"] for line in read_jsonl(folder.answers(results["subject"]))}:
+        if asked & set(map(of, read_jsonl(folder.answers(results["subject"])))):
             write_json(folder.results, {**results, "test_reads": results["test_reads"] + 1})
 
 

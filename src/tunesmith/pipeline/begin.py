@@ -155,6 +155,9 @@ def opened(place: Place, ledger: Iterable[LedgerEntry], facts: Mapping[str, Any]
                 "files": fingerprints(recipe, place.root),
                 "base": fingerprint(resolve(recipe.base)),
             }
-            write_json(folder.plan, plan)
+        else:  # what is timed by the clock is then of this process alone
+            known = read_json(folder.plan)
+            plan = {**known, "resumed": known.get("resumed", 0) + 1}
+        write_json(folder.plan, plan)
         world.barrier()
         yield

@@ -17,6 +17,7 @@ from ..train.interrupt import graceful
 from ..train.optim import Optimization
 from ..world import World
 
+BEYOND = "beyond_limit"
 _OF_A_STEP = (
     "step",
     "loss",
@@ -33,6 +34,7 @@ _OF_A_STEP = (
 class Undertaking:
     """One model in training. `watch(step)` looks at held-out rows; the weights with the lowest `decides` are the best.
 
+    A look may say how far `beyond_limit` it lies: it is the best only where none lies nearer, whatever it gained.
     `beside()` gives further numbers for the line of a step, `enough()` a reason to stop after it, or nothing.
     """
 
@@ -82,7 +84,7 @@ def carry_out(work: Undertaking, folder: RunFolder, world: World, screen: Screen
                 history.append(line)
                 _keep_if_best(folder, work, history, world)
                 screen.line(f"step {done.step}: {work.describe(line)}")
-                if not reason and _worse_for(history, work.decides) >= work.patience:
+                if not reason and _worse_for(history, work) >= work.patience:
                     reason = f"no better for {work.patience} evaluations"
                 if reason:
                     screen.line(f"stopped early: {reason}")
@@ -91,7 +93,7 @@ def carry_out(work: Undertaking, folder: RunFolder, world: World, screen: Screen
         done = _last_step(folder, work.name)
         history = _history(folder, work, before=steps + 1, leads=world.leads)
     assert history
-    return Outcome(done=done, history=history, best=min(history, key=lambda line: line[work.decides]))
+    return Outcome(done=done, history=history, best=min(history, key=lambda line: _cost(line, work)))
 
 
 def best_weights(folder: RunFolder, name: str) -> Path:
@@ -108,7 +110,7 @@ def _keep_if_best(folder: RunFolder, work: Undertaking, history: list[dict[str, 
     """Keep the weights if this evaluation is the best; then write its line, so that a kill between repeats both."""
     if not world.leads:
         return
-    if _worse_for(history, work.decides) == 0:
+    if _worse_for(history, work) == 0:
         path = best_weights(folder, work.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".tmp")
@@ -117,10 +119,15 @@ def _keep_if_best(folder: RunFolder, work: Undertaking, history: list[dict[str, 
     append_jsonl(folder.metrics, {"arm": work.name, **history[-1]})
 
 
-def _worse_for(history: Sequence[Mapping[str, float]], decides: str) -> int:
-    """How many evaluations ago the lowest was seen."""
-    values = [line[decides] for line in history]
-    return len(values) - 1 - values.index(min(values))
+def _cost(look: Mapping[str, float], work: Undertaking) -> tuple[float, float]:
+    """What makes one look better than another, the lowest being the best."""
+    return look.get(BEYOND, 0.0), look[work.decides]
+
+
+def _worse_for(history: Sequence[Mapping[str, float]], work: Undertaking) -> int:
+    """How many evaluations ago the best was seen."""
+    costs = [_cost(line, work) for line in history]
+    return len(costs) - 1 - costs.index(min(costs))
 
 
 def _history(folder: RunFolder, work: Undertaking, *, before: int, leads: bool) -> list[dict[str, float]]:

@@ -23,9 +23,8 @@ from ..model.sample import Sampling
 from ..recipe import Recipe
 from ..screen import Screen
 from ..train.meter import release_memory
-from ..types import UNENDED, UNSCORED, Grade, Measurement
+from ..types import UNENDED, UNSCORED, Grade, Item, Measurement
 from ..world import World
-from .prompts import Prompts
 from .reward import JUDGE, REWARD, load_reward
 
 SCORE_TOKENS = 4096
@@ -100,11 +99,10 @@ def open_panel(recipe: Recipe, root: Path, policy: Model, world: World, stack: E
     return Panel(rewards=found, grades=grades, decides=list(found)[-1] if found else "", missing_end=spec.missing_end)
 
 
-def look(model: Model, reference: Reference, panel: Panel, prompts: Prompts, split: str, how: Sampling) -> Seen:
-    """Ask every item of a split once, always with the same random numbers, and score the answers."""
+def look(model: Model, reference: Reference, panel: Panel, items: Sequence[Item], how: Sampling) -> Seen:
+    """Ask every item once, always with the same random numbers, and score the answers."""
     release_memory()
     begun = time.monotonic()
-    items = prompts.items[split]
     answers = ask(model, items, 1, how, seed=how.seed)
     asked = time.monotonic() - begun
     groups = [(answer.example,) for answer in answers]
@@ -135,10 +133,10 @@ def wins(tuned: Seen, base: Seen, by: str) -> Float[np.ndarray, "N"]:
     return np.sign(tuned.scores[by] - base.scores[by]) / 2 + 0.5
 
 
-def at_temperature(recipe: Recipe, prompts: Prompts) -> Sampling:
+def at_temperature(recipe: Recipe, max_new_tokens: int) -> Sampling:
     """How answers are drawn, in training and in judging."""
     return Sampling(
-        max_new_tokens=prompts.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         temperature=recipe.policy.temperature,
         seed=recipe.evaluate.seed,
         batch=recipe.evaluate.batch,

@@ -83,10 +83,12 @@ def _begin(place: Place, model: Model, prompts: Prompts, panel: Panel) -> Aligni
         if ppo
         else _grpo(reference, recipe, settings.microbatch_tokens)
     )
+    # At another temperature the ratios would not be of what was drawn.
+    drawn = replace(at_temperature(recipe, prompts.max_new_tokens), temperature=1.0)
     source = RolloutSteps(
         model,
         prompts.items["train"],
-        replace(at_temperature(recipe, prompts), temperature=1.0),  # else the ratios would not be of what was drawn
+        drawn,
         plan,
         panel.trained_on,
         shaped,
@@ -103,6 +105,7 @@ def _begin(place: Place, model: Model, prompts: Prompts, panel: Panel) -> Aligni
         reference=reference,
         beside=lambda: source.statistics,
         enough=lambda: _too_far(source.statistics, recipe),
+        farthest=recipe.policy.kl_limit,
     )
 
 
@@ -188,6 +191,10 @@ class _FirstRollout:
 
     def __call__(self, step: int) -> list[Batch]:
         return self.source(step)
+
+    @property
+    def rows_a_step(self) -> float:
+        return self.source.rows_a_step
 
     def row_tokens(self) -> list[float]:
         return self.source.row_tokens()

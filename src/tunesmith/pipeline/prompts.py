@@ -96,13 +96,18 @@ def asked_once(
     most = {"valid": recipe.evaluate.valid_rows, "test": recipe.evaluate.rows}
     found = dict(items)
     for name, limit in most.items():
-        once: dict[str, Item] = {}
-        for item in items[name]:
-            once.setdefault(asked_key(item.prompt) if unit == "prompt" else item.id, item)
-        if len(once) < len(items[name]):
-            screen.line(f"{len(items[name])} {name} rows ask {len(once)} prompts; each is asked once")
-        found[name] = tuple(once.values())[:limit]
+        found[name] = each_once(items[name], unit, f"{name} rows", screen)[:limit]
     return found
+
+
+def each_once(items: Sequence[Item], unit: Unit, rows: str, screen: Screen) -> tuple[Item, ...]:
+    """The first item of each prompt, or of each row where prompts are few; what was left out is told."""
+    once: dict[str, Item] = {}
+    for item in items:
+        once.setdefault(asked_key(item.prompt) if unit == "prompt" else item.id, item)
+    if len(once) < len(items):
+        screen.line(f"{len(items)} {rows} ask {len(once)} prompts; each is asked once")
+    return tuple(once.values())
 
 
 def longest_prompt(items: Sequence[Item], rows: Sequence[Row], room: int, vocabulary: Vocabulary) -> int:

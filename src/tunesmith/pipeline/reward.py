@@ -24,7 +24,7 @@ from ..evaluate.preferences import (
     verdict_on_reward,
     within_lengths,
 )
-from ..evaluate.stats import contrast, estimate, one_each
+from ..evaluate.stats import contrast, one_each, win_rate
 from ..folder import RunFolder, is_run_folder, read_json, write_json, write_jsonl
 from ..methods.annotate import Group
 from ..methods.order import EpochSteps
@@ -128,7 +128,7 @@ def agreement_with(
     ids = tuple(dict.fromkeys(groups))
     one, other = (scored(name, ids, {"pair_accuracy": accuracies[name]}) for name in (REWARD, "length"))
     return {
-        "pair_accuracy": {name: asdict(estimate(values, level, seed)) for name, values in accuracies.items()},
+        "pair_accuracy": {name: asdict(win_rate(values, level, seed)) for name, values in accuracies.items()},
         "contrasts": [asdict(contrast(one, other, "pair_accuracy", level, seed))],
     }
 
@@ -242,7 +242,7 @@ def _results(place: Place, pairs: Pairs, judged: Mapping[str, Judged]) -> dict[s
     measured = {name: scored(name, ids, {"pair_accuracy": values}) for name, values in by_arm.items()}
     others = [name for name in ("length", "untrained", JUDGE) if name in measured]
     contrasts = [contrast(measured[REWARD], measured[name], "pair_accuracy", level, seed) for name in others]
-    accuracy = {name: estimate(values, level, seed) for name, values in by_arm.items()}
+    accuracy = {name: win_rate(values, level, seed) for name, values in by_arm.items()}
     return {
         "schema": 1,
         "tunesmith": __version__,

@@ -166,7 +166,7 @@ def planned(
     plan = read_json(folder.plan)
     if name not in plan["arms"]:
         prediction = predict(model, source, loss, settings, reach)
-        tokens = np.mean(source.row_tokens()) * source.steps * settings.batch
+        tokens = np.mean(source.row_tokens()) * source.steps * source.rows_a_step
         plan["arms"][name] = {"steps": source.steps, "tokens": int(tokens), "predicted": asdict(prediction)}
         known = {line["key"] for line in plan["derived"]}
         plan["derived"] += [asdict(line) for line in settings.derived if line.key not in known]
@@ -187,7 +187,7 @@ def account(place: Place, plan: Plan, model: Model, source: StepSource, outcome:
     settings, weights = plan.settings, best_weights(place.folder, plan.name)
     peak = peak_memory_bytes(place.world.device)
     load_weights(model.hf, weights)
-    examples = outcome.done.step * settings.batch
+    examples = outcome.done.step * source.rows_a_step
     return {
         "seconds": outcome.done.seconds,
         "tokens": outcome.done.tokens,

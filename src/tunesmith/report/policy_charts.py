@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 
 from . import words
 from .drawing import INK, LOOKUP, MUTED, PROXY, TUNED, TUNED_TOO, Chart, drawing, finish, rule
-from .record import Json, RunRecord, is_number
+from .record import Json, RunRecord, is_number, part
 
 _PROXIES = ("reward_score", "reward")  # of a reward model, of the user's own function
 _LOOKS = {"judge_score": (TUNED_TOO, "D", "-"), **dict.fromkeys(_PROXIES, (PROXY, "s", "--"))}
@@ -61,6 +62,7 @@ def over_optimisation_chart(run: RunRecord) -> Chart | None:
             )
             axes.plot(xs, ys, color=color, marker=marker, markersize=5.5, linewidth=2, linestyle=line, label=label)
         _mark_chosen(axes, points, label=True)
+        _mark_limit(axes, points, part(run.recipe, "policy", "kl_limit"))
         rule(axes)
         axes.margins(y=0.12)
         axes.set_xlabel(_KL)
@@ -157,6 +159,14 @@ def _mark_chosen(axes: Axes, points: Sequence[Json], *, label: bool = False) -> 
         look = {"xytext": (-6 if late else 6, 3), "textcoords": "offset points", "ha": "right" if late else "left"}
         where = (chosen["kl"], 0)
         axes.annotate(f"chosen{step}", where, xycoords=("data", "axes fraction"), color=MUTED, fontsize=10, **look)
+
+
+def _mark_limit(axes: Axes, points: Sequence[Json], limit: Any) -> None:
+    """The distance from which on no look could be chosen, where there was one."""
+    if is_number(limit) and any(point.get("beyond_limit") for point in points):
+        axes.axvline(limit, color=MUTED, linewidth=1)
+        look = {"xytext": (4, -12), "textcoords": "offset points", "color": MUTED, "fontsize": 10}
+        axes.annotate("policy.kl_limit", (limit, 1), xycoords=("data", "axes fraction"), **look)
 
 
 def _drawable(panels: Sequence[Panel], points: Sequence[Json]) -> list[Panel]:

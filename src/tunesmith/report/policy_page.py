@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..types import Estimate
+from ..types import FEWEST_ROWS, Estimate
 from . import examples, findings, policy_charts, tables, words
 from .content import Page
 from .examples import ShownAnswer, ShownRow
@@ -65,15 +65,20 @@ def _finding(run: RunRecord) -> str:
         return findings.finding(run)
     name = f"{words.METHODS[run.method]} with {words.arm_label(run, run.subject)}"
     if won is None:
-        moved = f"{away.value:.1f} nats per sequence" if away else "an unmeasured distance"
+        moved = f"{_nats(away.value)} nats per sequence" if away else "an unmeasured distance"
         return f"{name} moved the model {moved} away from {_base(run)}. Nothing judged its answers."
     share = words.metric_text("win_rate", won.value)
     told = f"{share} of {_asked(run, won.n)} by {_judge(run)} ({findings.interval('win_rate', won)})"
-    distance = f", {away.value:.1f} nats per sequence away from it" if away else ""
-    if won.low > 0.5:
+    distance = f", {_nats(away.value)} nats per sequence away from it" if away else ""
+    if won.low > 0.5 and won.n >= FEWEST_ROWS:
         return f"{name} wins against {_base(run)} on {told}{distance}."
-    verb = "loses to" if won.high < 0.5 else "is not shown to win against"
+    verb = "loses to" if won.high < 0.5 and won.n >= FEWEST_ROWS else "is not shown to win against"
     return f"{name} {verb} {_base(run)}: it wins on {told}{distance}."
+
+
+def _nats(value: float) -> str:
+    """A distance as estimated from answers drawn, which may come out a little below 0."""
+    return words.signed(f"{round(value, 1) + 0.0:.1f}")
 
 
 def _asked(run: RunRecord, n: int) -> str:
@@ -85,11 +90,11 @@ def _tiles(run: RunRecord) -> list[Tile]:
     if subject is None:
         return []
     won, away = as_estimate(part(run.results, "win_rate")), as_estimate(part(run.results, "kl"))
-    far = f"nats per sequence, {away.low:.1f} to {away.high:.1f}" if away else "not measured"
+    far = f"nats per sequence, {_nats(away.low)} to {_nats(away.high)}" if away else "not measured"
     return [
         findings.estimate_tile(f"win rate by {_judge(run)}", "win_rate", won),
         findings.gain_tile(run, subject if _is_judged(run) else None, _BASE),
-        Tile(label="distance from the base (KL)", value=f"{away.value:.1f}" if away else words.ABSENT, note=far),
+        Tile(label="distance from the base (KL)", value=_nats(away.value) if away else words.ABSENT, note=far),
         _length_tile(run, subject),
         findings.cost_tile(run),
     ]

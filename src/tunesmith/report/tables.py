@@ -199,6 +199,7 @@ def origin_table(run: RunRecord) -> Table:
     """Versions, machine and seeds: what a repetition needs."""
     machine = run.results.get("machine") or run.plan.get("machine") or {}
     seeds = {"data": "splits", "train": "training", "evaluate": "evaluation"}
+    whole = "since it was resumed" if run.plan.get("resumed") else "whole run"
     told = [f"{name} {seed}" for key, name in seeds.items() if is_number(seed := part(run.recipe, key, "seed"))]
     lines = (
         ("Tunesmith", run.results.get("tunesmith")),
@@ -209,7 +210,7 @@ def origin_table(run: RunRecord) -> Table:
         ("memory", words.size(machine["memory_bytes"]) if is_number(machine.get("memory_bytes")) else None),
         ("device", machine.get("device")),
         ("seeds", ", ".join(told)),
-        ("whole run", words.seconds(run.results["seconds"]) if is_number(run.results.get("seconds")) else None),
+        (whole, words.seconds(run.results["seconds"]) if is_number(run.results.get("seconds")) else None),
     )
     rows = [[Cell(text=name), Cell(text=str(value))] for name, value in lines if value]
     return Table(columns=["", ""], rows=rows, words=2)

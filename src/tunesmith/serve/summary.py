@@ -11,8 +11,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
+import numpy as np
+
 from ..evaluate.agreement import krippendorff
-from ..evaluate.stats import estimate
+from ..evaluate.stats import estimate, win_rate
 from ..types import Estimate
 from .choices import Choice, Pair
 
@@ -166,7 +168,7 @@ def _duel(a: str, b: str, pairs: Mapping[str, Pair], choices: Sequence[Choice], 
     return Duel(
         a=a,
         b=b,
-        win_rate=estimate([fmean(scores) for scores in wins.values()], level, seed),
+        win_rate=win_rate(np.array([fmean(scores) for scores in wins.values()]), level, seed),
         wins=results[1.0],
         losses=results[0.0],
         ties=results[0.5],

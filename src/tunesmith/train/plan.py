@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from ..data.counts import counts
 from ..errors import TrainingError
@@ -211,7 +210,12 @@ def _room_bytes(model: Model, adapter_parameters: int) -> float:
     """What a micro-batch may take beside the weights, their gradients and the optimizer. Without adapter: in full."""
     weights = list(model.hf.parameters()) if not adapter_parameters else []
     states = 16 * adapter_parameters + sum(state_bytes(p) + p.numel() * p.element_size() for p in weights)
-    return RESERVED * available_bytes(model.device) - resting_bytes(model) - states
+    return _planned_bytes(model) - resting_bytes(model) - states
+
+
+def _planned_bytes(model: Model) -> float:
+    """The memory that one process may plan with."""
+    return RESERVED * available_bytes(model.device) / model.sharing
 
 
 def _recompute(model: Model, adapter_parameters: int, tokens: int, settle: _Settling) -> bool:
@@ -260,12 +264,12 @@ def predict(
     states = sum(state_bytes(parameter) for parameter in parameters.values())
     fixed, longest = float(resting + weights + states), math.ceil(max(sizes))
     expected = _step_bytes(model, len(heaviest.tokens), model.head_weight.requires_grad)
-    _refuse_too_big(float(expected), fixed, heaviest, longest, model.device)
-    examples = source.steps * settings.batch
+    _refuse_too_big(float(expected), fixed, heaviest, longest, model)
+    examples = source.steps * source.rows_a_step
     spared = max(examples - reach.rows, 0) * reach.row_tokens / (examples * float(np.mean(sizes)))
     dry = dry_run(model, source, loss, heaviest, shapes, spared)
     moving = _slack(model) * max(dry.peak_bytes - weights, 0)
-    _refuse_too_big(moving, fixed, heaviest, longest, model.device)
+    _refuse_too_big(moving, fixed, heaviest, longest, model)
     trained = sum(parameter.numel() for parameter in parameters.values())
     optimizer_seconds = 28 * trained / MOVED_BYTES_PER_SECOND[model.device.type]
     return Prediction(
@@ -277,21 +281,21 @@ def predict(
     )
 
 
-def _refuse_too_big(moving: float, fixed: float, heaviest: Batch, longest: int, device: torch.device) -> None:
+def _refuse_too_big(moving: float, fixed: float, heaviest: Batch, longest: int, model: Model) -> None:
     """Raise TrainingError when `moving` bytes, which grow with the micro-batch, and `fixed` ones do not fit.
 
     Fixed are the process, the gradients and AdamW's two moments.
     """
-    available = available_bytes(device)
-    room = RESERVED * available - fixed
+    available, room = available_bytes(model.device), _planned_bytes(model) - fixed
     if moving <= room:
         return
     fits = int(SAFE * len(heaviest.tokens) * max(room, 0.0) / max(moving, 1.0))
     smaller = f"Set train.microbatch_tokens to {fits}, or choose" if fits >= longest else "Choose"
+    who, fewer = (f"each of {model.sharing} processes", " Or start fewer.") if model.sharing > 1 else ("training", "")
     raise TrainingError(
-        f"training needs about {(moving + fixed) / 1e9:.1f} GB, the machine has {available / 1e9:.1f} GB",
+        f"{who} needs about {(moving + fixed) / 1e9:.1f} GB, the machine has {available / 1e9:.1f} GB",
         where="train.microbatch_tokens",
-        fix=f"{smaller} update: lora, shorter rows (data.max_tokens) or a smaller base.",
+        fix=f"{smaller} update: lora, shorter rows (data.max_tokens) or a smaller base.{fewer}",
     )
 
 
