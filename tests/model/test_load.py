@@ -27,7 +27,7 @@ from transformers import (
 from tunesmith.data.pack import pack
 from tunesmith.errors import ModelError
 from tunesmith.methods.sft import CrossEntropy, SftSteps
-from tunesmith.model.adapters import load_adapter, save_adapter
+from tunesmith.model.adapters import load_adapter, save_adapter, save_model
 from tunesmith.model.load import PLAIN_TEMPLATE, Model, load, load_vocabulary
 from tunesmith.model.lora import LoraShape, attach_lora, lora_layers
 from tunesmith.model.many import Adapters
@@ -227,6 +227,15 @@ def test_a_model_that_also_sees_merges_to_what_peft_makes_of_base_and_adapter(
         found, wanted = merged(tokens).logits, peft.PeftModel.from_pretrained(untuned, adapter)(tokens).logits
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     assert (found - plain).abs().max() > 0.1
+
+
+def test_a_whole_model_that_also_sees_is_handed_over_with_how_it_sees(
+    make: Callable[[PreTrainedConfig], Path], tmp_path: Path
+) -> None:
+    base = make(SEEING)
+    (base / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
+    out = save_model(load(str(base), World()), tmp_path / "model")
+    assert (out / "preprocessor_config.json").read_bytes() == (base / "preprocessor_config.json").read_bytes()
 
 
 @pytest.mark.parametrize("update", ["lora", "full"])
