@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -86,6 +87,17 @@ def test_tokens_template_and_end_of_turn_are_inside(plain: Path, tmp_path: Path,
     assert fields["tokenizer.ggml.pre"] == "smollm"
     assert fields["llama.rope.freq_base"] == 10000
     assert "output.weight" not in {tensor.name for tensor in reader.tensors}
+
+
+def test_a_template_that_can_think_never_does_in_a_gguf_which_llama_cpp_would_ask_to(plain: Path) -> None:
+    from gguf import GGUFReader
+
+    (plain / "chat_template.jinja").write_text("{{ messages[0].content }}{% if enable_thinking %}<think>{% endif %}")
+    template = GGUFReader(written(plain)).fields["tokenizer.chat_template"].contents()
+    assert isinstance(template, str)
+    shown = jinja2.Environment(autoescape=False).from_string(template)
+    for asked in ({}, {"enable_thinking": True}):
+        assert shown.render(messages=[{"role": "user", "content": "q"}], **asked) == "q"
 
 
 def test_rows_of_the_embedding_without_a_token_are_unused(plain: Path) -> None:

@@ -54,6 +54,10 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
 )
+# Before a template that can think: rows are trained, judged and served without thoughts. It is handed over with the
+# template, since other programs ask for thoughts unless they are told not to; asked for by name they still come.
+NO_THOUGHTS = "{% set enable_thinking = enable_thinking | default(false) %}"
+CAN_THINK = "enable_thinking"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +209,9 @@ def load_vocabulary(base: str) -> Vocabulary:
         notes.append(
             "the model has no chat template; turns are joined by line ends, answers end with the end-of-text token"
         )
+    template = tokenizer.chat_template
+    if isinstance(template, str) and CAN_THINK in template and not template.startswith(NO_THOUGHTS):
+        tokenizer.chat_template = NO_THOUGHTS + template
     text = config.get_text_config()  # its part about text, where a model also sees or hears
     ends = getattr(config, "eos_token_id", None) or text.eos_token_id
     named = [generation.eos_token_id if generation else None, tokenizer.eos_token_id, ends]

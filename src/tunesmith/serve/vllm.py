@@ -18,7 +18,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import ModelError
-from ..evaluate.other_program import NO_THOUGHTS
 from ..folder import read_json, write_json, write_text
 from ..model.load import Vocabulary, load_vocabulary
 from ..screen import Screen
@@ -54,9 +53,8 @@ def arguments(
     """The words after `vllm`; template and ends of turn are written into `beside`, for vLLM reads them its own way."""
     # With this folder vLLM also leaves the base's own temperature alone: 1 is the default here and at OpenAI.
     write_json(beside / "generation_config.json", {"eos_token_id": list(vocabulary.eos_ids)})
-    template, told = beside / "chat_template.jinja", str(vocabulary.tokenizer.chat_template)
-    # Turns are rendered as in training unless a request says otherwise.
-    write_text(template, NO_THOUGHTS + told if "enable_thinking" in told else told)
+    template = beside / "chat_template.jinja"
+    write_text(template, str(vocabulary.tokenizer.chat_template))
     words = ["serve", str(lineup.base), "--served-model-name", lineup.name]
     words += ["--host", address[0], "--port", str(address[1])]
     words += ["--dtype", "bfloat16", "--max-model-len", str(min(context_tokens, vocabulary.context_tokens))]
