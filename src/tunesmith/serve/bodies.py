@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic_core import PydanticCustomError
 
 MOST_CHOICES = 16
 MOST_STOPS = 4
@@ -39,6 +40,18 @@ class TextFormat(Body):
     """The only format of an answer: text."""
 
     type: Literal["text"]
+
+
+def _without(thinks: bool | None) -> bool | None:
+    if thinks:
+        raise PydanticCustomError("thoughts", "models answer without thoughts here, as they were trained and judged")
+    return thinks
+
+
+class TemplateOptions(Body):
+    """What vLLM's clients say to a template that can think."""
+
+    enable_thinking: Annotated[bool | None, AfterValidator(_without)] = None
 
 
 class _Asking(Body):
@@ -76,6 +89,7 @@ class ChatBody(_Asking):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    chat_template_kwargs: TemplateOptions | None = None
 
 
 class CompletionBody(_Asking):
