@@ -31,6 +31,7 @@ from tunesmith.serve.asking import answered, chat_question
 from tunesmith.serve.bodies import ChatBody
 from tunesmith.serve.engine import Limits
 from tunesmith.serve.hall import line_up, opened
+from tunesmith.serve.listen import url_of
 from tunesmith.serve.problems import Problem
 from tunesmith.serve.start import MOST_BODY_BYTES, Door, gate_for
 from tunesmith.world import World
@@ -204,6 +205,12 @@ def test_another_address_needs_a_key_and_then_goes_by_its_names_and_by_number(ru
             assert http.get("/v1/models", headers={"host": host}).status_code == status
         assert http.get("/v1/models", headers={"host": socket.gethostname()}).status_code == 200
         assert http.get("/v1/models", headers={"host": "10.0.0.1", "origin": "https://10.0.0.1"}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "models.example.org"])
+def test_a_printed_address_is_one_that_clients_read_host_and_port_from(host: str) -> None:
+    address = httpx.URL(url_of(host, 8001))
+    assert (address.scheme, address.host, address.port) == ("http", host, 8001)
 
 
 # The queue, and clients that leave

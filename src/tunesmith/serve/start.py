@@ -23,7 +23,7 @@ from .app import server_app
 from .engine import Limits
 from .guard import Gate
 from .hall import Hall, line_up, opened
-from .listen import LOOPBACK, bound, is_loopback
+from .listen import LOOPBACK, bound, is_loopback, url_of
 from .objects import PAGE_PATH
 from .problems import error_body
 from .tuning import FILES, Desk, Shop, held, opened_desk, tuning_routers
@@ -73,7 +73,7 @@ def serve(
         desk = None
         if shop:
             desk = stack.enter_context(opened_desk(shop, hall, screen, key=door.key))
-        address = f"http://{door.host}:{server_socket.getsockname()[1]}"
+        address = url_of(door.host, server_socket.getsockname()[1])
         if shop:
             screen.line(f"fine-tuning jobs in {shop.folder}, {shop.at_once} at once: {address}/jobs")
         _announce(hall, f"{address}/v1", screen)
