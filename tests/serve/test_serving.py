@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,9 @@ from tunesmith.serve.asking import answered, chat_question
 from tunesmith.serve.bodies import ChatBody
 from tunesmith.serve.engine import Limits
 from tunesmith.serve.hall import line_up, opened
-from tunesmith.serve.listen import url_of
+from tunesmith.serve.listen import bound, url_of
 from tunesmith.serve.problems import Problem
-from tunesmith.serve.start import MOST_BODY_BYTES, Door, gate_for
+from tunesmith.serve.start import MOST_BODY_BYTES, Door, gate_for, http_server
 from tunesmith.world import World
 
 if TYPE_CHECKING:
@@ -476,7 +477,8 @@ def test_a_second_interrupt_ends_at_once_and_says_what_was_cut_off(
 ) -> None:
     process = command(runs.a, "--port", "0", "--context", "512")
     address = address_of(process)
-    asked = {"model": "a", "prompt": "abc", "max_tokens": 500, "temperature": 1.5, "n": 16, "stream": True}
+    # More than can be finished before the second interrupt comes, however busy the machine.
+    asked = {"model": "a", "prompt": ["abc"] * 16, "max_tokens": 500, "temperature": 1.5, "n": 16, "stream": True}
     with httpx.stream("POST", f"{address}/v1/completions", json=asked, timeout=60) as response:
         assert next(response.iter_lines()).startswith("data: ")
         process.send_signal(signal.SIGINT)
@@ -488,6 +490,49 @@ def test_a_second_interrupt_ends_at_once_and_says_what_was_cut_off(
     assert process.returncode == 0, said
     assert "answers under way are cut off" in said
     assert "every accepted answer was finished" not in said
+
+
+def test_answers_that_outlast_the_drain_are_counted_and_their_clients_told(runs: Runs) -> None:
+    hall = opened(line_up([str(runs.a)], ""), Limits(), World())
+    server, stuck = http_server(hall, gate_for(Door()), drain_seconds=0), threading.Event()
+    with closing(hall.engine), closing(bound("127.0.0.1", 0)) as own, ThreadPoolExecutor(2) as pool:
+        address = f"http://127.0.0.1:{own.getsockname()[1]}"
+        running = pool.submit(server.run, sockets=[own])
+        blocked = hall.engine.do(stuck.wait)
+        try:
+            with (
+                httpx.Client(base_url=address, timeout=60) as http,
+                http.stream("POST", CHAT, json={**QUESTION, "stream": True}) as streamed,
+            ):
+                events = streamed.iter_lines()
+                assert "assistant" in next(events)
+                whole = pool.submit(httpx.post, f"{address}{CHAT}", json=QUESTION, timeout=60)
+                while len(server.server_state.tasks) < 2:
+                    assert not whole.done()
+                server.should_exit = True
+                running.result(60)
+                assert (whole.result(60).status_code, error_of(whole.result())["type"]) == (503, "server_error")
+                with pytest.raises(httpx.RemoteProtocolError):
+                    list(events)
+        finally:
+            server.should_exit = True
+            stuck.set()
+            blocked.result(60)
+    assert server.ended() == "cut off after 0 s: 2 answers that had not ended"
+
+
+def test_a_server_that_finished_what_it_accepted_says_so(runs: Runs) -> None:
+    hall = opened(line_up([str(runs.a)], ""), Limits(), World())
+    server = http_server(hall, gate_for(Door()))
+    with closing(hall.engine), closing(bound("127.0.0.1", 0)) as own, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.run, sockets=[own])
+        try:
+            asked = httpx.post(f"http://127.0.0.1:{own.getsockname()[1]}{CHAT}", json=QUESTION, timeout=60)
+            assert asked.status_code == 200
+        finally:
+            server.should_exit = True
+        running.result(60)
+    assert server.ended() == "every accepted answer was finished"
 
 
 @pytest.mark.slow
