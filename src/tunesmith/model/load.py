@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from ..errors import ModelError
-from ..folder import RunFolder, is_run_folder, manifest_problem, read_json, sha256_file
+from ..folder import RunFolder, is_run_folder, read_json, sha256_file
 from ..recipe import Weights
 from ..texts import beginning
 from ..types import Derived
@@ -44,6 +44,7 @@ from .gguf import convert_gguf
 from .linear import Linear, use_fast_linear, widen_others
 from .lora import block_of, freeze_beside, language_model
 from .merge import merge_files
+from .once import made_once
 from .pinned import check_base
 from .probe import apart, context_of, hold_still, probe, probed_blocks
 from .stored import FLOAT32, kept_as
@@ -179,18 +180,18 @@ def _of_run(run: RunFolder) -> Path:
     subject = str(read_json(run.results).get("subject"))
     if subject == "full":
         return run.model
-    merged = run.path / "merged"
-    if not merged.is_dir() or manifest_problem(merged, hashes=False):
+
+    def merge(out: Path) -> None:
         base = resolve(recipe["base"])
         check_base(run, base)
-        merge_files(base, run.handed_over(subject), merged)
-    return merged
+        merge_files(base, run.handed_over(subject), out)
+
+    return made_once(run.path / "merged", merge)
 
 
 def _converted(path: Path) -> Path:
     """The plain folder of a .gguf file, converted once per content."""
-    out = cache_folder() / f"gguf-{sha256_file(path)[:16]}"
-    return out if out.is_dir() and not manifest_problem(out, hashes=False) else convert_gguf(path, out)
+    return made_once(cache_folder() / f"gguf-{sha256_file(path)[:16]}", lambda out: convert_gguf(path, out))
 
 
 def load_vocabulary(base: str) -> Vocabulary:
