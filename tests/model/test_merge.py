@@ -14,13 +14,15 @@ from tunesmith.model.lora import lora_layers
 from tunesmith.model.merge import merge_files
 from tunesmith.world import World
 
+MISTRALS = ("params.json", "tekken.json", "tokenizer.model.v3", "tokenizer.model.v7m1")
 
-def test_weights_of_the_base_for_other_programs_are_left_out(
+
+def test_weights_and_tokenizers_of_the_base_for_other_programs_are_left_out(
     tiny_model_folder: Path, finished_run: Path, tmp_path: Path
 ) -> None:
     base = shutil.copytree(tiny_model_folder, tmp_path / "base")
     shutil.copyfile(base / "model.safetensors", base / "consolidated.safetensors")
-    for name in ("params.json", "consolidated.00.pth", "pytorch_model.bin", "model-q8_0.gguf", "LICENSE"):
+    for name in ("consolidated.00.pth", "pytorch_model.bin", "model-q8_0.gguf", "LICENSE", *MISTRALS):
         (base / name).write_text("{}")
     adapter = finished_run.with_name("run") / "adapter"
     merged = merge_files(base, adapter, tmp_path / "merged")

@@ -18,8 +18,9 @@ from .peft_layout import read_adapter
 from .stored import weight_files
 
 # Beside the weights that transformers reads others may lie. They would stay untuned, and vLLM prefers Mistral's
-# consolidated.safetensors, which it knows by params.json.
-_LEFT_OUT = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "params.json", MANIFEST)
+# consolidated.safetensors, which it knows by params.json, and Mistral's tokenizers, which know no chat template.
+_MISTRALS = ("params.json", "tekken.json", "tokenizer.model.v*")
+_LEFT_OUT = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", *_MISTRALS, MANIFEST)
 # Parts of names that files and the opened model may have in another order, or lack: a Gemma 3 that sees is stored as
 # language_model.model.layers... and opened as model.language_model.layers...
 _WRAPPERS = {"model", "language_model"}
