@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -98,6 +99,17 @@ def test_a_template_that_can_think_never_does_in_a_gguf_which_llama_cpp_would_as
     shown = jinja2.Environment(autoescape=False).from_string(template)
     for asked in ({}, {"enable_thinking": True}):
         assert shown.render(messages=[{"role": "user", "content": "q"}], **asked) == "q"
+
+
+def test_a_template_for_tools_beside_the_usual_one_is_inside_too(plain: Path, tiny_tokenizer: Any) -> None:
+    from gguf import GGUFReader
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(plain)
+    fields = {name: field.contents() for name, field in GGUFReader(written(plain)).fields.items()}
+    assert fields["tokenizer.chat_template"] == "{{ messages }}"
+    assert fields["tokenizer.chat_template.tool_use"] == "{{ tools }}"
 
 
 def test_rows_of_the_embedding_without_a_token_are_unused(plain: Path) -> None:

@@ -96,6 +96,13 @@ def test_a_template_that_can_think_says_by_itself_that_there_are_no_thoughts(run
     assert (tmp_path / "chat_template.jinja").read_text() == NO_THOUGHTS + template
 
 
+def test_of_several_templates_vllm_chooses_by_itself_as_training_did(runs: Runs, tmp_path: Path) -> None:
+    vocabulary = load_vocabulary(str(runs.base))
+    vocabulary.tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    words = arguments(line_up([str(runs.a)], ""), vocabulary, ("127.0.0.1", 8000), 64, tmp_path)
+    assert "--chat-template" not in words
+
+
 def test_a_rank_that_vllm_has_no_room_for_is_refused_with_the_way_out(runs: Runs, tmp_path: Path) -> None:
     lineup = line_up([str(runs.a)], "")
     made = tmp_path / "adapter"

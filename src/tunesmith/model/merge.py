@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from ..errors import ModelError
 from ..folder import MANIFEST, read_json, write_json, write_manifest, written_aside
@@ -42,6 +43,8 @@ def write_plain(base: Path, adapter: Path | None, folder: Path, dtype: torch.dty
     for path in sorted(base.iterdir()):
         if path.is_file() and not any(map(path.match, _LEFT_OUT)):
             shutil.copyfile(path, folder / path.name)
+    if (templates := base / CHAT_TEMPLATE_DIR).is_dir():  # such as one for turns with tools
+        shutil.copytree(templates, folder / CHAT_TEMPLATE_DIR)
     for path in weight_files(base):
         tensors = load_file(path)
         for name in tensors:

@@ -254,5 +254,10 @@ def _add_tokenizer(writer: GGUFWriter, fields: Mapping[str, Any], vocabulary: Vo
     for add, token in named.items():
         if token is not None:
             add(int(token))  # type: ignore[arg-type]
-    template = str(tokenizer.chat_template)
-    writer.add_chat_template(_NEVER_THINK + template if CAN_THINK in template else template)
+    found = tokenizer.chat_template
+    templates = found if isinstance(found, dict) else {"default": str(found)}  # some bases have another one for tools
+    writer.add_chat_template([{"name": name, "template": _unthinking(told)} for name, told in templates.items()])
+
+
+def _unthinking(template: str) -> str:
+    return _NEVER_THINK + template if CAN_THINK in template else template

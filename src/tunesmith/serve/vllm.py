@@ -53,12 +53,13 @@ def arguments(
     """The words after `vllm`; template and ends of turn are written into `beside`, for vLLM reads them its own way."""
     # With this folder vLLM also leaves the base's own temperature alone: 1 is the default here and at OpenAI.
     write_json(beside / "generation_config.json", {"eos_token_id": list(vocabulary.eos_ids)})
-    template = beside / "chat_template.jinja"
-    write_text(template, str(vocabulary.tokenizer.chat_template))
     words = ["serve", str(lineup.base), "--served-model-name", lineup.name]
     words += ["--host", address[0], "--port", str(address[1])]
     words += ["--dtype", "bfloat16", "--max-model-len", str(min(context_tokens, vocabulary.context_tokens))]
-    words += ["--generation-config", str(beside), "--chat-template", str(template)]
+    words += ["--generation-config", str(beside)]
+    if isinstance(template := vocabulary.tokenizer.chat_template, str):  # of several vLLM chooses as training did
+        write_text(beside / "chat_template.jinja", template)
+        words += ["--chat-template", str(beside / "chat_template.jinja")]
     if lineup.adapters:
         ranks = [read_json(run.path / "adapter_config.json")["r"] for run in lineup.adapters]
         words += ["--enable-lora", "--max-loras", str(len(ranks)), "--max-lora-rank", str(_room(max(ranks)))]
