@@ -262,6 +262,8 @@ def test_parameters_that_ask_for_nothing_are_accepted(client: OpenAI) -> None:
         "safety_identifier": "s",
         "prompt_cache_key": "k",
         "user": "u",
+        "functions": None,
+        "extra_body": {"top_k": None},
     }
     assert text_of(chat(client, **nothing)) == text_of(chat(client))
 

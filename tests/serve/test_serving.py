@@ -134,6 +134,35 @@ def test_an_unknown_path_or_verb_is_an_error_in_the_same_shape(
     refused = http.request(method, path)
     assert refused.status_code == status
     error_of(refused)
+    assert refused.headers.get("allow") == ("POST" if status == 405 else None)
+
+
+def test_a_base_address_without_v1_is_told_where_the_api_is(http: httpx.Client) -> None:
+    refused = http.post("/chat/completions", json=QUESTION)
+    assert (refused.status_code, error_of(refused)["message"]) == (
+        404,
+        "there is nothing at this path; the API is under /v1",
+    )
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models"])
+def test_who_looks_whether_it_works_may_ask_without_a_body(path: str, http: httpx.Client) -> None:
+    asked = http.head(path)
+    assert (asked.status_code, asked.content) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "user", "content": None}, "turns: 'messages[1].content' is empty (null), not text"),
+        ({"role": "king", "content": "x"}, "messages[1] has a role that is unknown"),
+    ],
+)
+def test_a_message_that_cannot_be_read_is_named_by_its_place(
+    message: dict[str, Any], reason: str, http: httpx.Client
+) -> None:
+    refused = http.post(CHAT, json={**QUESTION, "messages": [*QUESTION["messages"], message]})
+    assert error_of(refused)["message"].endswith(reason)
 
 
 @given(
