@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx2 as httpx
+import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.responses import PlainTextResponse
 
 import tunesmith.cli
 from tunesmith.errors import TunesmithError
@@ -30,6 +32,7 @@ from tunesmith.folder import write_json
 from tunesmith.recipe import dump_recipe, load_recipe
 from tunesmith.serve.asking import answered, chat_question
 from tunesmith.serve.bodies import ChatBody
+from tunesmith.serve.ending import Server
 from tunesmith.serve.engine import Limits
 from tunesmith.serve.hall import line_up, opened
 from tunesmith.serve.listen import bound, url_of
@@ -241,6 +244,11 @@ def test_another_address_needs_a_key_and_then_goes_by_its_names_and_by_number(ru
 def test_a_printed_address_is_one_that_clients_read_host_and_port_from(host: str) -> None:
     address = httpx.URL(url_of(host, 8001))
     assert (address.scheme, address.host, address.port) == ("http", host, 8001)
+
+
+def test_the_server_keeps_idle_connections_for_longer_than_its_clients_do() -> None:
+    kept = [httpx.Limits().keepalive_expiry, openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry]
+    assert Server(PlainTextResponse("x"), lifespan="off").config.timeout_keep_alive > max(kept)
 
 
 # The queue, and clients that leave

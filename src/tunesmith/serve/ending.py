@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .problems import error_body
 
 DRAIN_SECONDS = 300
+IDLE_SECONDS = 75  # longer than clients and proxies keep a connection: a request sent as the server hangs up is lost
 UNAVAILABLE = 503
 
 
@@ -28,6 +29,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 lifespan=lifespan,
+                timeout_keep_alive=IDLE_SECONDS,
                 timeout_graceful_shutdown=drain_seconds,
             )
         )
