@@ -201,7 +201,7 @@ def test_an_adapter_of_another_base_is_refused(run: Path, tmp_path: Path) -> Non
         (Wanted(to="gguf", type="q9"), "unknown type 'q9'"),
         (Wanted(to="adapter", type="q8_0"), "adapter has: f32"),
         (Wanted(to="merged", update="base"), "the run has no update 'base'"),
-        (Wanted(to="adapter", update="full"), "there is no adapter"),
+        (Wanted(to="adapter", update="full"), "there is no adapter\nUse --to merged, or --update lora."),
     ],
 )
 def test_what_cannot_be_exported_is_said_before_work(run: Path, wanted: Wanted, words: str) -> None:
