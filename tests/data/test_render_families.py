@@ -73,6 +73,17 @@ def test_every_turn_of_a_template_that_can_think_is_trained_as_it_is_served(thin
         assert context(example) == prompt_tokens(row.messages[:turn], thinker)
 
 
+def test_a_base_that_thinks_before_every_answer_is_refused_and_told_why(thinker: PreTrainedTokenizerFast) -> None:
+    # As DeepSeek R1: the prompt ends in an open block of thoughts, which the answers of a conversation lack.
+    thinker.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )
+    for answer in ("Paris", "<think>\nFrance\n</think>\n\nParis"):
+        with pytest.raises(DataError, match="(?s)rows.jsonl:7: this base thinks before every answer.*answer without"):
+            render(talk("Capital of France?", answer), thinker, [2])
+
+
 def test_an_answer_with_thoughts_of_its_own_is_refused_and_told_why(thinker: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="(?s)rows.jsonl:7: .*elsewhere.*<think>"):
         render(talk("Capital of France?", "<think>\nEasy.\n</think>\n\nParis"), thinker, [2])

@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tunesmith.data.render import prompt_tokens
-from tunesmith.evaluate.other_program import NO_THOUGHTS, Transformers
+from tunesmith.evaluate.other_program import Transformers
+from tunesmith.model.load import NO_THOUGHTS, load_vocabulary
 from tunesmith.types import Message
 
 THINKING = (
@@ -27,9 +28,10 @@ def thinking(tiny_model_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_transformers_is_asked_without_thoughts_as_training_was(thinking: Path) -> None:
-    prompt = Transformers(str(thinking), batch=1).prompt({"messages": [{"role": "user", "content": "q"}], "tools": []})
+def test_transformers_asks_without_thoughts_as_training_did_though_nobody_tells_it(thinking: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(thinking)
+    load_vocabulary(str(thinking)).tokenizer.save_pretrained(thinking)  # as models and adapters are handed over
+    prompt = Transformers(str(thinking), batch=1).prompt({"messages": [{"role": "user", "content": "q"}], "tools": []})
     assert prompt == prompt_tokens([Message(role="user", content="q")], tokenizer)
     assert tokenizer.decode(prompt) == "q<|im_end|><think></think>"
 

@@ -27,10 +27,11 @@ from transformers import (
 from tunesmith.data.pack import pack
 from tunesmith.errors import ModelError
 from tunesmith.methods.sft import CrossEntropy, SftSteps
-from tunesmith.model.adapters import load_adapter, save_adapter
+from tunesmith.model.adapters import load_adapter, save_adapter, save_model
 from tunesmith.model.load import PLAIN_TEMPLATE, Model, load, load_vocabulary
 from tunesmith.model.lora import LoraShape, attach_lora, lora_layers
 from tunesmith.model.many import Adapters
+from tunesmith.model.merge import merge_files
 from tunesmith.model.peft_layout import read_adapter
 from tunesmith.model.sample import Sampling, sample
 from tunesmith.model.score import score
@@ -199,6 +200,42 @@ def test_what_a_model_sees_with_has_no_adapters_in_training_in_peft_and_in_servi
     opened = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     adapted = [name for name, child in opened.named_modules() if isinstance(child, LoraLayer)]
     assert {name.removeprefix("base_model.model.") for name in adapted} == layers
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by peft
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_model_that_also_sees_merges_to_what_peft_makes_of_base_and_adapter(
+    stored: torch.dtype, make: Callable[[PreTrainedConfig], Path], tiny_examples: list[Example], tmp_path: Path
+) -> None:
+    base = make(SEEING)
+    AutoModelForCausalLM.from_pretrained(base, dtype=stored).save_pretrained(base)
+    model = load(str(base), World())
+    shape = LoraShape(rank=2, alpha=4.0)
+    attach_lora(model.hf, shape, head=model.head)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for layer in lora_layers(model.hf).values():
+            layer.lora_b.normal_()
+    adapter = save_adapter(model, shape, tmp_path / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(merge_files(base, adapter, tmp_path / "merged"))
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+    untuned = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert all(torch.equal(p, untuned.get_parameter(name)) for name, p in merged.named_parameters() if "vision" in name)
+    tokens = torch.from_numpy(tiny_examples[0].tokens)[None]
+    with torch.no_grad():
+        plain = untuned(tokens).logits
+        found, wanted = merged(tokens).logits, peft.PeftModel.from_pretrained(untuned, adapter)(tokens).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert (found - plain).abs().max() > 0.1
+
+
+def test_a_whole_model_that_also_sees_is_handed_over_with_how_it_sees(
+    make: Callable[[PreTrainedConfig], Path], tmp_path: Path
+) -> None:
+    base = make(SEEING)
+    (base / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
+    out = save_model(load(str(base), World()), tmp_path / "model")
+    assert (out / "preprocessor_config.json").read_bytes() == (base / "preprocessor_config.json").read_bytes()
 
 
 @pytest.mark.parametrize("update", ["lora", "full"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -86,6 +88,28 @@ def test_tokens_template_and_end_of_turn_are_inside(plain: Path, tmp_path: Path,
     assert fields["tokenizer.ggml.pre"] == "smollm"
     assert fields["llama.rope.freq_base"] == 10000
     assert "output.weight" not in {tensor.name for tensor in reader.tensors}
+
+
+def test_a_template_that_can_think_never_does_in_a_gguf_which_llama_cpp_would_ask_to(plain: Path) -> None:
+    from gguf import GGUFReader
+
+    (plain / "chat_template.jinja").write_text("{{ messages[0].content }}{% if enable_thinking %}<think>{% endif %}")
+    template = GGUFReader(written(plain)).fields["tokenizer.chat_template"].contents()
+    assert isinstance(template, str)
+    shown = jinja2.Environment(autoescape=False).from_string(template)
+    for asked in ({}, {"enable_thinking": True}):
+        assert shown.render(messages=[{"role": "user", "content": "q"}], **asked) == "q"
+
+
+def test_a_template_for_tools_beside_the_usual_one_is_inside_too(plain: Path, tiny_tokenizer: Any) -> None:
+    from gguf import GGUFReader
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(plain)
+    fields = {name: field.contents() for name, field in GGUFReader(written(plain)).fields.items()}
+    assert fields["tokenizer.chat_template"] == "{{ messages }}"
+    assert fields["tokenizer.chat_template.tool_use"] == "{{ tools }}"
 
 
 def test_rows_of_the_embedding_without_a_token_are_unused(plain: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from tunesmith.errors import TunesmithError
 from tunesmith.folder import manifest_problem, read_json, write_json
@@ -21,6 +22,7 @@ from tunesmith.recipe import parse_recipe
 from tunesmith.screen import Screen
 
 QUIET = Screen(quiet=True)
+THOUGHTS = "{% if add_generation_prompt and enable_thinking %}<think>{% endif %}"
 SOURCE = Path(exports.__file__).parents[2]
 
 
@@ -88,6 +90,22 @@ def test_a_merged_model_answers_as_it_was_judged_and_not_as_its_makers_would_dra
     export(run, Wanted(to="merged", checked=False, rows=2), QUIET)
     kept = read_json(run / "exports" / "merged" / "generation_config.json")
     assert kept == {"pad_token_id": 0, "eos_token_id": [2]}
+
+
+def test_what_is_handed_over_does_not_think_unless_asked_as_it_was_judged(run: Path, tmp_path: Path) -> None:
+    base = rebased(run, tmp_path)
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{% if", "{% if enable_thinking is false and", 1) + THOUGHTS)
+    turns = [{"role": "user", "content": "Upper case of: abc"}]
+    how: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
+    theirs = AutoTokenizer.from_pretrained(base)
+    judged = theirs.apply_chat_template(turns, **how, enable_thinking=False)
+    for to in ("adapter", "merged"):
+        export(run, Wanted(to=to, checked=False, rows=2), QUIET)
+        ours = AutoTokenizer.from_pretrained(run / "exports" / to)
+        assert ours.apply_chat_template(turns, **how) == judged != theirs.apply_chat_template(turns, **how)
+        thinking = ours.apply_chat_template(turns, **how, enable_thinking=True)
+        assert thinking == theirs.apply_chat_template(turns, **how, enable_thinking=True) != judged
 
 
 @pytest.mark.slow
@@ -183,7 +201,7 @@ def test_an_adapter_of_another_base_is_refused(run: Path, tmp_path: Path) -> Non
         (Wanted(to="gguf", type="q9"), "unknown type 'q9'"),
         (Wanted(to="adapter", type="q8_0"), "adapter has: f32"),
         (Wanted(to="merged", update="base"), "the run has no update 'base'"),
-        (Wanted(to="adapter", update="full"), "there is no adapter"),
+        (Wanted(to="adapter", update="full"), "there is no adapter\nUse --to merged, or --update lora."),
     ],
 )
 def test_what_cannot_be_exported_is_said_before_work(run: Path, wanted: Wanted, words: str) -> None:

@@ -262,8 +262,31 @@ def test_parameters_that_ask_for_nothing_are_accepted(client: OpenAI) -> None:
         "safety_identifier": "s",
         "prompt_cache_key": "k",
         "user": "u",
+        "functions": None,
+        "extra_body": {"top_k": None},
     }
     assert text_of(chat(client, **nothing)) == text_of(chat(client))
+
+
+@pytest.mark.parametrize("options", [None, {}, {"enable_thinking": False}, {"enable_thinking": None}])
+def test_options_of_the_template_that_ask_for_what_is_done_anyway_are_accepted(options: Any, client: OpenAI) -> None:
+    assert text_of(chat(client, extra_body={"chat_template_kwargs": options})) == text_of(chat(client))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"enable_thinking": True}, "enable_thinking: models answer without thoughts here, as they were trained"),
+        ({"enable_thinking": 1}, "enable_thinking: "),
+        ({"custom": 1}, "custom: is not a field that this server knows"),
+    ],
+)
+def test_options_of_the_template_that_would_change_a_prompt_are_refused_and_told_why(
+    options: Any, reason: str, client: OpenAI
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=rf"chat_template_kwargs\.{reason}") as caught:
+        chat(client, extra_body={"chat_template_kwargs": options})
+    assert caught.value.param == "chat_template_kwargs"
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx2 as httpx
+import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.responses import PlainTextResponse
 
 import tunesmith.cli
 from tunesmith.errors import TunesmithError
@@ -29,10 +32,12 @@ from tunesmith.folder import write_json
 from tunesmith.recipe import dump_recipe, load_recipe
 from tunesmith.serve.asking import answered, chat_question
 from tunesmith.serve.bodies import ChatBody
+from tunesmith.serve.ending import Server
 from tunesmith.serve.engine import Limits
 from tunesmith.serve.hall import line_up, opened
+from tunesmith.serve.listen import bound, url_of
 from tunesmith.serve.problems import Problem
-from tunesmith.serve.start import MOST_BODY_BYTES, Door, gate_for
+from tunesmith.serve.start import MOST_BODY_BYTES, Door, gate_for, http_server
 from tunesmith.world import World
 
 if TYPE_CHECKING:
@@ -132,6 +137,35 @@ def test_an_unknown_path_or_verb_is_an_error_in_the_same_shape(
     refused = http.request(method, path)
     assert refused.status_code == status
     error_of(refused)
+    assert refused.headers.get("allow") == ("POST" if status == 405 else None)
+
+
+def test_a_base_address_without_v1_is_told_where_the_api_is(http: httpx.Client) -> None:
+    refused = http.post("/chat/completions", json=QUESTION)
+    assert (refused.status_code, error_of(refused)["message"]) == (
+        404,
+        "there is nothing at this path; the API is under /v1",
+    )
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models"])
+def test_who_looks_whether_it_works_may_ask_without_a_body(path: str, http: httpx.Client) -> None:
+    asked = http.head(path)
+    assert (asked.status_code, asked.content) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "user", "content": None}, "turns: 'messages[1].content' is empty (null), not text"),
+        ({"role": "king", "content": "x"}, "messages[1] has a role that is unknown"),
+    ],
+)
+def test_a_message_that_cannot_be_read_is_named_by_its_place(
+    message: dict[str, Any], reason: str, http: httpx.Client
+) -> None:
+    refused = http.post(CHAT, json={**QUESTION, "messages": [*QUESTION["messages"], message]})
+    assert error_of(refused)["message"].endswith(reason)
 
 
 @given(
@@ -204,6 +238,17 @@ def test_another_address_needs_a_key_and_then_goes_by_its_names_and_by_number(ru
             assert http.get("/v1/models", headers={"host": host}).status_code == status
         assert http.get("/v1/models", headers={"host": socket.gethostname()}).status_code == 200
         assert http.get("/v1/models", headers={"host": "10.0.0.1", "origin": "https://10.0.0.1"}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "models.example.org"])
+def test_a_printed_address_is_one_that_clients_read_host_and_port_from(host: str) -> None:
+    address = httpx.URL(url_of(host, 8001))
+    assert (address.scheme, address.host, address.port) == ("http", host, 8001)
+
+
+def test_the_server_keeps_idle_connections_for_longer_than_its_clients_do() -> None:
+    kept = [httpx.Limits().keepalive_expiry, openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry]
+    assert Server(PlainTextResponse("x"), lifespan="off").config.timeout_keep_alive > max(kept)
 
 
 # The queue, and clients that leave
@@ -469,7 +514,8 @@ def test_a_second_interrupt_ends_at_once_and_says_what_was_cut_off(
 ) -> None:
     process = command(runs.a, "--port", "0", "--context", "512")
     address = address_of(process)
-    asked = {"model": "a", "prompt": "abc", "max_tokens": 500, "temperature": 1.5, "n": 16, "stream": True}
+    # More than can be finished before the second interrupt comes, however busy the machine.
+    asked = {"model": "a", "prompt": ["abc"] * 16, "max_tokens": 500, "temperature": 1.5, "n": 16, "stream": True}
     with httpx.stream("POST", f"{address}/v1/completions", json=asked, timeout=60) as response:
         assert next(response.iter_lines()).startswith("data: ")
         process.send_signal(signal.SIGINT)
@@ -481,6 +527,49 @@ def test_a_second_interrupt_ends_at_once_and_says_what_was_cut_off(
     assert process.returncode == 0, said
     assert "answers under way are cut off" in said
     assert "every accepted answer was finished" not in said
+
+
+def test_answers_that_outlast_the_drain_are_counted_and_their_clients_told(runs: Runs) -> None:
+    hall = opened(line_up([str(runs.a)], ""), Limits(), World())
+    server, stuck = http_server(hall, gate_for(Door()), drain_seconds=0), threading.Event()
+    with closing(hall.engine), closing(bound("127.0.0.1", 0)) as own, ThreadPoolExecutor(2) as pool:
+        address = f"http://127.0.0.1:{own.getsockname()[1]}"
+        running = pool.submit(server.run, sockets=[own])
+        blocked = hall.engine.do(stuck.wait)
+        try:
+            with (
+                httpx.Client(base_url=address, timeout=60) as http,
+                http.stream("POST", CHAT, json={**QUESTION, "stream": True}) as streamed,
+            ):
+                events = streamed.iter_lines()
+                assert "assistant" in next(events)
+                whole = pool.submit(httpx.post, f"{address}{CHAT}", json=QUESTION, timeout=60)
+                while len(server.server_state.tasks) < 2:
+                    assert not whole.done()
+                server.should_exit = True
+                running.result(60)
+                assert (whole.result(60).status_code, error_of(whole.result())["type"]) == (503, "server_error")
+                with pytest.raises(httpx.RemoteProtocolError):
+                    list(events)
+        finally:
+            server.should_exit = True
+            stuck.set()
+            blocked.result(60)
+    assert server.ended() == "cut off after 0 s: 2 answers that had not ended"
+
+
+def test_a_server_that_finished_what_it_accepted_says_so(runs: Runs) -> None:
+    hall = opened(line_up([str(runs.a)], ""), Limits(), World())
+    server = http_server(hall, gate_for(Door()))
+    with closing(hall.engine), closing(bound("127.0.0.1", 0)) as own, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.run, sockets=[own])
+        try:
+            asked = httpx.post(f"http://127.0.0.1:{own.getsockname()[1]}{CHAT}", json=QUESTION, timeout=60)
+            assert asked.status_code == 200
+        finally:
+            server.should_exit = True
+        running.result(60)
+    assert server.ended() == "every accepted answer was finished"
 
 
 @pytest.mark.slow

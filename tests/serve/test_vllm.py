@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.evaluate.other_program import NO_THOUGHTS
-from tunesmith.model.load import load_vocabulary
+from tunesmith.model.load import NO_THOUGHTS, load_vocabulary
 from tunesmith.screen import Screen
 from tunesmith.serve.engine import Limits
 from tunesmith.serve.hall import line_up
@@ -89,11 +89,18 @@ def test_a_fully_tuned_run_is_the_base_itself(finished_run: Path, tmp_path: Path
 
 
 def test_a_template_that_can_think_says_by_itself_that_there_are_no_thoughts(runs: Runs, tmp_path: Path) -> None:
+    template = "{% if enable_thinking is false %}<think></think>{% endif %}"
+    base = shutil.copytree(runs.base, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(template)
+    arguments(line_up([str(runs.a)], ""), load_vocabulary(str(base)), ("127.0.0.1", 8000), 64, tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == NO_THOUGHTS + template
+
+
+def test_of_several_templates_vllm_chooses_by_itself_as_training_did(runs: Runs, tmp_path: Path) -> None:
     vocabulary = load_vocabulary(str(runs.base))
-    vocabulary.tokenizer.chat_template = "{% if enable_thinking is false %}<think></think>{% endif %}"
-    arguments(line_up([str(runs.a)], ""), vocabulary, ("127.0.0.1", 8000), 64, tmp_path)
-    written = (tmp_path / "chat_template.jinja").read_text()
-    assert written == NO_THOUGHTS + vocabulary.tokenizer.chat_template
+    vocabulary.tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    words = arguments(line_up([str(runs.a)], ""), vocabulary, ("127.0.0.1", 8000), 64, tmp_path)
+    assert "--chat-template" not in words
 
 
 def test_a_rank_that_vllm_has_no_room_for_is_refused_with_the_way_out(runs: Runs, tmp_path: Path) -> None:

@@ -312,12 +312,17 @@ def _with_system(messages: tuple[Message, ...], ours: Fields, where: str) -> tup
     return (Message(role="system", content=_text(system, "system", where)), *messages)
 
 
+def role_of(turn: Mapping[str, object]) -> Role | None:
+    """Who speaks; None where nobody known does."""
+    given = turn.get("role", turn.get("from"))
+    return ROLES.get(given.casefold()) if isinstance(given, str) else None
+
+
 def _message(turn: object, name: str, where: str) -> Message:
     if not isinstance(turn, dict):
         raise DataError(f"{name} is {_kind(turn)}, not an object", where=where, fix=_MESSAGE_FIX)
-    given = turn.get("role", turn.get("from"))
-    role = ROLES.get(given.casefold()) if isinstance(given, str) else None
-    if role is None:
+    if (role := role_of(turn)) is None:
+        given = turn.get("role", turn.get("from"))
         fix = f"Use one of {_listed(list(ROLES))}."
         raise DataError(f"{name} has the role {given!r}, which is unknown", where=where, fix=fix)
     if role == "assistant" and turn.get("weight", 1) in (0, False):

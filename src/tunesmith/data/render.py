@@ -23,6 +23,8 @@ from ..texts import text_tokens
 from ..types import Conversation, Example, Message
 from .layout import as_dict
 
+THOUGHTS = "<think>"
+
 
 def prompt_tokens(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, object]] = ()
@@ -154,6 +156,12 @@ def _answer(
     """
     after = _turns(conversation, turn + 1, tokenizer, opens=False)
     if not after.startswith(before):
+        if before.rstrip().endswith(THOUGHTS):
+            raise DataError(
+                f"this base thinks before every answer: its chat template ends the prompt with {THOUGHTS}",
+                where=conversation.source,
+                fix="Use a base that can answer without: here answers would be trained where thoughts are due.",
+            )
         raise DataError(
             "the chat template writes the answer elsewhere than where the model would be asked for it",
             where=conversation.source,

@@ -19,9 +19,6 @@ import numpy as np
 
 Row = Mapping[str, Any]
 
-# Before a template: what apply_chat_template(enable_thinking=False) says, for programs that cannot be told.
-NO_THOUGHTS = "{% set enable_thinking = enable_thinking | default(false) %}"
-
 
 @runtime_checkable
 class Program(Protocol):
@@ -72,7 +69,6 @@ class Transformers:
         if not row["messages"]:
             return self.tokenizer(row["text"])["input_ids"][: len(row["tokens"])]
         how = {"tools": row["tools"] or None, "add_generation_prompt": True, "return_dict": True}
-        how["enable_thinking"] = False  # as it was trained and judged
         return self.tokenizer.apply_chat_template(row["messages"], **how)["input_ids"]
 
     def answers(self, prompts: Sequence[list[int]], most_tokens: int) -> list[list[int]]:
@@ -113,7 +109,7 @@ class LlamaCpp:
         self.vocabulary = self.library.llama_model_get_vocab(self.model.model)
         tokens = {int(key): self._piece(key) for key in (self.model.token_bos(), self.model.token_eos()) if key >= 0}
         formatter = import_module("llama_cpp.llama_chat_format").Jinja2ChatFormatter
-        template = NO_THOUGHTS + self.model.metadata["tokenizer.chat_template"]
+        template = self.model.metadata["tokenizer.chat_template"]
         bos, eos = (tokens.get(key, "") for key in (self.model.token_bos(), self.model.token_eos()))
         self.template = formatter(template=template, eos_token=eos, bos_token=bos)
         self.name = f"llama.cpp of llama-cpp-python {version('llama-cpp-python')}"

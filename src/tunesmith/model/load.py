@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from ..errors import ModelError
-from ..folder import RunFolder, is_run_folder, manifest_problem, read_json, sha256_file
+from ..folder import RunFolder, is_run_folder, read_json, sha256_file
 from ..recipe import Weights
 from ..texts import beginning
 from ..types import Derived
@@ -44,6 +44,7 @@ from .gguf import convert_gguf
 from .linear import Linear, use_fast_linear, widen_others
 from .lora import block_of, freeze_beside, language_model
 from .merge import merge_files
+from .once import made_once
 from .pinned import check_base
 from .probe import apart, context_of, hold_still, probe, probed_blocks
 from .stored import FLOAT32, kept_as
@@ -54,6 +55,10 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
 )
+# Before a template that can think: rows are trained, judged and served without thoughts. It is handed over with the
+# template, since other programs ask for thoughts unless they are told not to; asked for by name they still come.
+NO_THOUGHTS = "{% set enable_thinking = enable_thinking | default(false) %}"
+CAN_THINK = "enable_thinking"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,18 +181,18 @@ def _of_run(run: RunFolder) -> Path:
     subject = str(read_json(run.results).get("subject"))
     if subject == "full":
         return run.model
-    merged = run.path / "merged"
-    if not merged.is_dir() or manifest_problem(merged, hashes=False):
+
+    def merge(out: Path) -> None:
         base = resolve(recipe["base"])
         check_base(run, base)
-        merge_files(base, run.handed_over(subject), merged)
-    return merged
+        merge_files(base, run.handed_over(subject), out)
+
+    return made_once(run.path / "merged", merge)
 
 
 def _converted(path: Path) -> Path:
     """The plain folder of a .gguf file, converted once per content."""
-    out = cache_folder() / f"gguf-{sha256_file(path)[:16]}"
-    return out if out.is_dir() and not manifest_problem(out, hashes=False) else convert_gguf(path, out)
+    return made_once(cache_folder() / f"gguf-{sha256_file(path)[:16]}", lambda out: convert_gguf(path, out))
 
 
 def load_vocabulary(base: str) -> Vocabulary:
@@ -206,6 +211,9 @@ def load_vocabulary(base: str) -> Vocabulary:
         notes.append(
             "the model has no chat template; turns are joined by line ends, answers end with the end-of-text token"
         )
+    template = tokenizer.chat_template
+    if isinstance(template, str) and CAN_THINK in template and not template.startswith(NO_THOUGHTS):
+        tokenizer.chat_template = NO_THOUGHTS + template
     text = config.get_text_config()  # its part about text, where a model also sees or hears
     ends = getattr(config, "eos_token_id", None) or text.eos_token_id
     named = [generation.eos_token_id if generation else None, tokenizer.eos_token_id, ends]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from ..errors import ModelError
 from ..folder import MANIFEST, read_json, write_json, write_manifest, written_aside
@@ -18,8 +19,12 @@ from .peft_layout import read_adapter
 from .stored import weight_files
 
 # Beside the weights that transformers reads others may lie. They would stay untuned, and vLLM prefers Mistral's
-# consolidated.safetensors, which it knows by params.json.
-_LEFT_OUT = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "params.json", MANIFEST)
+# consolidated.safetensors, which it knows by params.json, and Mistral's tokenizers, which know no chat template.
+_MISTRALS = ("params.json", "tekken.json", "tokenizer.model.v*")
+_LEFT_OUT = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", *_MISTRALS, MANIFEST)
+# Parts of names that files and the opened model may have in another order, or lack: a Gemma 3 that sees is stored as
+# language_model.model.layers... and opened as model.language_model.layers...
+_WRAPPERS = {"model", "language_model"}
 
 
 def merge_files(base: Path, adapter: Path, out: Path) -> Path:
@@ -34,13 +39,16 @@ def write_plain(base: Path, adapter: Path | None, folder: Path, dtype: torch.dty
     """Fill `folder` with the files of `base` that transformers reads, its weights plus `adapter` stored as `dtype`."""
     low_rank = read_adapter(adapter) if adapter else None
     left = set(low_rank.pairs) if low_rank else set()
+    opened = {_bare(name): name for name in left}  # as the model calls its layers
     for path in sorted(base.iterdir()):
         if path.is_file() and not any(map(path.match, _LEFT_OUT)):
             shutil.copyfile(path, folder / path.name)
+    if (templates := base / CHAT_TEMPLATE_DIR).is_dir():  # such as one for turns with tools
+        shutil.copytree(templates, folder / CHAT_TEMPLATE_DIR)
     for path in weight_files(base):
         tensors = load_file(path)
         for name in tensors:
-            layer = name.removesuffix(".weight")
+            layer = opened.get(_bare(name.removesuffix(".weight")), "")
             if low_rank and layer in left:
                 tensors[name] = _sum(tensors[name], layer, *low_rank.pairs[layer], low_rank.shape.scale)
                 left.discard(layer)
@@ -56,6 +64,10 @@ def write_plain(base: Path, adapter: Path | None, folder: Path, dtype: torch.dty
     config = read_json(folder / "config.json")
     config.pop("torch_dtype", None)  # the older name; whoever opens the folder takes the weights as they are stored
     write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+
+
+def _bare(name: str) -> tuple[str, ...]:
+    return tuple(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _sum(weight: Tensor, name: str, a: Tensor, b: Tensor, scale: float) -> Tensor:

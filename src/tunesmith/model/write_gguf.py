@@ -24,7 +24,7 @@ from ..errors import ModelError
 from ..folder import storage_errors
 from ..texts import beginning
 from .gguf import CLASSES, CONTROL, NAMES, USER_DEFINED, byte_level_tokenizer, tensor_target
-from .load import Vocabulary
+from .load import CAN_THINK, Vocabulary
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -33,6 +33,7 @@ TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # what t
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}  # llama.h
 _COARSE = ("q5_1", "q5_0", "q4_1", "q4_0")
 _NORMAL, _UNUSED = 1, 5  # kinds of token
+_NEVER_THINK = "{% set enable_thinking = false %}"  # llama.cpp's server asks for thoughts by name, if the template can
 _PRE_TOKENIZERS = ("smollm", "gpt-2", "llama-bpe", "qwen2")
 _TEXTS = (
     "It's 12345 S. 678, isn't IT?",
@@ -253,4 +254,10 @@ def _add_tokenizer(writer: GGUFWriter, fields: Mapping[str, Any], vocabulary: Vo
     for add, token in named.items():
         if token is not None:
             add(int(token))  # type: ignore[arg-type]
-    writer.add_chat_template(str(tokenizer.chat_template))
+    found = tokenizer.chat_template
+    templates = found if isinstance(found, dict) else {"default": str(found)}  # some bases have another one for tools
+    writer.add_chat_template([{"name": name, "template": _unthinking(told)} for name, told in templates.items()])
+
+
+def _unthinking(template: str) -> str:
+    return _NEVER_THINK + template if CAN_THINK in template else template

@@ -149,7 +149,9 @@ def _read(run_folder: Path, wanted: Wanted) -> Job:
     made = made_by(run_folder, wanted.update, hashes=True)
     if kind == "adapter" and made.update == "full":
         what = "all weights were tuned, so there is no adapter"
-        raise RecipeError(what, where="--to adapter", fix="Use --to merged.")
+        other = next((update for update in made.recipe.update if update != "full"), "")
+        fix = f"Use --to merged, or --update {other}." if other else "Use --to merged."
+        raise RecipeError(what, where="--to adapter", fix=fix)
     answers, plan = read_jsonl(made.run.answers(made.update))[: wanted.rows], read_json(made.run.plan)
     if not answers or not {"root", "max_new_tokens"} <= set(plan):
         fix = "Delete the run folder, or set another `out`, and run the recipe again."

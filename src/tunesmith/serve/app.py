@@ -58,6 +58,7 @@ def server_app(
 def _state(hall: Hall, meter: Meter) -> APIRouter:
     router = APIRouter()
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -66,6 +67,7 @@ def _state(hall: Hall, meter: Meter) -> APIRouter:
     async def metrics() -> Response:
         return Response(meter.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    @router.head("/v1/models", include_in_schema=False)
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(served, hall) for served in hall.served.values()]}

@@ -12,7 +12,7 @@ from typing import Literal
 import jinja2
 import numpy as np
 
-from ..data.layout import to_messages
+from ..data.layout import role_of, to_messages
 from ..data.render import prompt_tokens, unwritten
 from ..errors import DataError
 from ..model.sample import Row, Sampling
@@ -53,6 +53,8 @@ async def chat_question(body: ChatBody, hall: Hall) -> Question:
     if body.top_logprobs is not None and not body.logprobs:
         raise Problem(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     served = find_served(body.model, hall)
+    if strange := [place for place, turn in enumerate(body.messages) if not role_of(turn)]:  # which is not repeated
+        raise Problem(400, f"messages[{strange[0]}] has a role that is unknown", param="messages")
     tools = body.tools or [] if body.tool_choice != "none" else []
     try:
         messages = to_messages(body.messages, "messages", "")
@@ -61,7 +63,7 @@ async def chat_question(body: ChatBody, hall: Hall) -> Question:
             raise Problem(400, what, param="tools" if missing == "tool definitions" else "messages")
         prompt = await asyncio.to_thread(prompt_tokens, messages, hall.model.tokenizer, tools)
     except DataError as error:
-        raise Problem(400, f"the messages cannot be read as turns. {error.fix}", param="messages") from None
+        raise Problem(400, f"the messages cannot be read as turns: {error.what}", param="messages") from None
     except (jinja2.TemplateError, TypeError, KeyError, ValueError, RecursionError) as error:
         raise Problem(400, f"the model's chat template cannot render this: {error}", param="messages") from None
     wanted = body.max_completion_tokens or body.max_tokens
@@ -102,7 +104,8 @@ def find_served(name: str, hall: Hall) -> Served:
 
 
 def _unknown() -> Problem:
-    return Problem(404, "no model of this name is served", param="model", code="model_not_found")
+    what = "no model of this name is served; GET /v1/models lists those that are"
+    return Problem(404, what, param="model", code="model_not_found")
 
 
 def _question(

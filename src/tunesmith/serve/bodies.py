@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 MOST_CHOICES = 16
 MOST_STOPS = 4
@@ -27,6 +28,12 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, body: Any) -> Any:
+        """Without fields that are null: some clients send all that they know, and null asks for nothing."""
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
 
 class StreamOptions(Body):
     """Whether a stream ends with a count of tokens."""
@@ -39,6 +46,18 @@ class TextFormat(Body):
     """The only format of an answer: text."""
 
     type: Literal["text"]
+
+
+def _without(thinks: bool | None) -> bool | None:
+    if thinks:
+        raise PydanticCustomError("thoughts", "models answer without thoughts here, as they were trained and judged")
+    return thinks
+
+
+class TemplateOptions(Body):
+    """What vLLM's clients say to a template that can think."""
+
+    enable_thinking: Annotated[bool | None, AfterValidator(_without)] = None
 
 
 class _Asking(Body):
@@ -76,6 +95,7 @@ class ChatBody(_Asking):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    chat_template_kwargs: TemplateOptions | None = None
 
 
 class CompletionBody(_Asking):

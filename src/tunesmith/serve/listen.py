@@ -31,6 +31,11 @@ def bound(host: str, port: int) -> socket.socket:
     return server_socket
 
 
+def url_of(host: str, port: int) -> str:
+    """The address as clients write it."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches `host`."""
     return host in ("localhost", "::1") or host.startswith("127.")

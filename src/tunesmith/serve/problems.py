@@ -53,7 +53,10 @@ def say_problems(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
-        return answer(error.status_code, str(error.detail).lower())
+        nowhere = "there is nothing at this path; the API is under /v1"
+        said = answer(error.status_code, nowhere if error.status_code == 404 else str(error.detail).lower())
+        said.headers.update(error.headers or {})  # which verbs a path knows
+        return said
 
     @app.exception_handler(sqlite3.Error)
     async def unsaved(_: Request, error: sqlite3.Error) -> JSONResponse:

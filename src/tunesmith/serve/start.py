@@ -14,23 +14,21 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from typing import Literal
 
-import uvicorn
-
 from ..errors import ModelError, RecipeError
 from ..screen import Screen
 from ..world import World, world_from_env
 from .app import server_app
+from .ending import DRAIN_SECONDS, Server
 from .engine import Limits
 from .guard import Gate
 from .hall import Hall, line_up, opened
-from .listen import LOOPBACK, bound, is_loopback
+from .listen import LOOPBACK, bound, is_loopback, url_of
 from .objects import PAGE_PATH
 from .problems import error_body
 from .tuning import FILES, Desk, Shop, held, opened_desk, tuning_routers
 from .vllm import find_vllm, serve_by_vllm
 
 MOST_BODY_BYTES = 4 * 1024 * 1024
-DRAIN_SECONDS = 300
 PUBLIC = frozenset({"/health"})
 Engines = Literal["auto", "own", "vllm"]
 
@@ -73,13 +71,12 @@ def serve(
         desk = None
         if shop:
             desk = stack.enter_context(opened_desk(shop, hall, screen, key=door.key))
-        address = f"http://{door.host}:{server_socket.getsockname()[1]}"
+        address = url_of(door.host, server_socket.getsockname()[1])
         if shop:
             screen.line(f"fine-tuning jobs in {shop.folder}, {shop.at_once} at once: {address}/jobs")
         _announce(hall, f"{address}/v1", screen)
-        finished = run_server(hall, gate, server_socket, desk)
-    at_once = "ended at once: answers under way are cut off" + (", a job at work goes on by itself" if shop else "")
-    screen.line("every accepted answer was finished" if finished else at_once)
+        server = run_server(hall, gate, server_socket, desk)
+    screen.line(server.ended() + (", a job at work goes on by itself" if shop and server.force_exit else ""))
 
 
 def _vllm(engine: Engines, world: World, *, alone: bool, jobs: bool) -> str:
@@ -97,33 +94,24 @@ def _vllm(engine: Engines, world: World, *, alone: bool, jobs: bool) -> str:
     return program if engine == "vllm" or (world.device.type == "cuda" and alone and not jobs) else ""
 
 
-def run_server(hall: Hall, gate: Gate, server_socket: socket.socket, desk: Desk | None = None) -> bool:
-    """Answer on the socket until a signal, then finish what was accepted; False where a second Ctrl-C forbade that."""
+def run_server(hall: Hall, gate: Gate, server_socket: socket.socket, desk: Desk | None = None) -> Server:
+    """Answer on the socket until a signal, then finish what was accepted; a second Ctrl-C forbids that."""
     server, before = http_server(hall, gate, desk), signal.signal(signal.SIGTERM, _drained)
     try:
         with suppress(KeyboardInterrupt):  # the usual way to stop
             server.run(sockets=[server_socket])
-        return not server.force_exit
+        return server
     finally:
         signal.signal(signal.SIGTERM, before)
         hall.engine.close()
 
 
-def http_server(hall: Hall, gate: Gate, desk: Desk | None = None) -> uvicorn.Server:
+def http_server(hall: Hall, gate: Gate, desk: Desk | None = None, drain_seconds: int = DRAIN_SECONDS) -> Server:
     """The HTTP side of it, not started yet."""
     app = server_app(hall, gate)
     if desk:
         app = server_app(hall, gate, more=tuning_routers(desk), lifespan=desk.foreman.at_work)
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            lifespan="on" if desk else "off",
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-        )
-    )
+    return Server(app, lifespan="on" if desk else "off", drain_seconds=drain_seconds)
 
 
 def gate_for(door: Door, *, tuning: bool = False) -> Gate:

@@ -18,7 +18,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import ModelError
-from ..evaluate.other_program import NO_THOUGHTS
 from ..folder import read_json, write_json, write_text
 from ..model.load import Vocabulary, load_vocabulary
 from ..screen import Screen
@@ -54,13 +53,13 @@ def arguments(
     """The words after `vllm`; template and ends of turn are written into `beside`, for vLLM reads them its own way."""
     # With this folder vLLM also leaves the base's own temperature alone: 1 is the default here and at OpenAI.
     write_json(beside / "generation_config.json", {"eos_token_id": list(vocabulary.eos_ids)})
-    template, told = beside / "chat_template.jinja", str(vocabulary.tokenizer.chat_template)
-    # Turns are rendered as in training unless a request says otherwise.
-    write_text(template, NO_THOUGHTS + told if "enable_thinking" in told else told)
     words = ["serve", str(lineup.base), "--served-model-name", lineup.name]
     words += ["--host", address[0], "--port", str(address[1])]
     words += ["--dtype", "bfloat16", "--max-model-len", str(min(context_tokens, vocabulary.context_tokens))]
-    words += ["--generation-config", str(beside), "--chat-template", str(template)]
+    words += ["--generation-config", str(beside)]
+    if isinstance(template := vocabulary.tokenizer.chat_template, str):  # of several vLLM chooses as training did
+        write_text(beside / "chat_template.jinja", template)
+        words += ["--chat-template", str(beside / "chat_template.jinja")]
     if lineup.adapters:
         ranks = [read_json(run.path / "adapter_config.json")["r"] for run in lineup.adapters]
         words += ["--enable-lora", "--max-loras", str(len(ranks)), "--max-lora-rank", str(_room(max(ranks)))]
