@@ -48,7 +48,9 @@ class DataSpec(Spec):
     test: Fraction | PathName = Field(default=0.1, description="a fraction of train, or a file")
     layout: Layout = Field(default="auto", description="how columns form a row; found from their names unless given")
     columns: dict[str, str] = Field(default_factory=dict, description="our name: your column, e.g. prompt: question")
-    rows: int | None = Field(default=None, gt=0, description="read at most this many rows of train")
+    rows: int | None = Field(
+        default=None, gt=0, description="use at most this many rows of train, drawn by seed; of a hub set the first"
+    )
     max_tokens: int | None = Field(
         default=None, gt=1, description="longest example in tokens; the model's context unless given"
     )
@@ -64,7 +66,7 @@ class DataSpec(Spec):
     rehearse: float = Field(
         default=0.5, ge=0, description="sft: weight of repeating what the base writes by itself, against forgetting"
     )
-    seed: int = Field(default=0, description="changes which rows fall into which split")
+    seed: int = Field(default=0, description="changes which rows are drawn, and into which split they fall")
 
 
 class TeacherSpec(Spec):

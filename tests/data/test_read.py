@@ -225,6 +225,26 @@ def test_the_row_limit_holds_for_train_only(tmp_path: Path) -> None:
     assert len(list(read(valid, spec))) == 3
 
 
+def test_limited_rows_are_drawn_from_the_whole_of_a_sorted_file(tmp_path: Path) -> None:
+    labels = ["bad"] * 100 + ["good"] * 100
+    train = write(tmp_path / "a.jsonl", *[{"prompt": f"q{n}", "completion": label} for n, label in enumerate(labels)])
+    found = rows_of(train, rows=40)
+    lines = [int(row.source.rpartition(":")[2]) for row in found]
+    assert lines == sorted(set(lines))
+    assert 10 < sum(line > 100 for line in lines) < 30
+    assert rows_of(train, rows=40) == found
+    assert {row.id for row in found} < {row.id for row in rows_of(train, rows=60)}
+    assert {row.id for row in found} != {row.id for row in rows_of(train, rows=40, seed=1)}
+    assert rows_of(train, rows=500) == rows_of(train)
+
+
+def test_rows_added_to_a_file_move_few_of_those_that_are_drawn(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{n}", "completion": "a"} for n in range(220)]
+    few, more = write(tmp_path / "few.jsonl", *rows[:200]), write(tmp_path / "more.jsonl", *rows)
+    before, after = ({row.id for row in rows_of(source, rows=50)} for source in (few, more))
+    assert len(before & after) >= 40
+
+
 def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(
         b"\xef\xbb\xbf" + json.dumps(PAIR).encode() + b"\r\n" + json.dumps(PAIR).encode()
@@ -300,6 +320,7 @@ def test_a_data_set_of_the_hub_layout_is_streamed(tmp_path: Path, monkeypatch: p
     write(tmp_path / "team" / "tickets" / "train.jsonl", PAIR, PAIR)
     monkeypatch.chdir(tmp_path)
     assert [row.source for row in rows_of("team/tickets")] == ["team/tickets:1", "team/tickets:2"]
+    assert [row.source for row in rows_of("team/tickets", rows=1)] == ["team/tickets:1"]  # the rest is not fetched
     with pytest.raises(DataError, match="hub"):
         rows_of("team/tickets:nosuchsplit")
 

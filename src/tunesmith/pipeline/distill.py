@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from ..data.chance import in_order
 from ..data.curate import SPLITS, curate
 from ..data.files import records
 from ..data.layout import PROMPT_ONLY, as_dict, find_columns, is_prompt_only
 from ..data.read import BUILTIN, items, read
-from ..data.split import in_order, split
+from ..data.split import split
 from ..data.store import stored_rows
 from ..errors import DataError, RecipeError
 from ..evaluate.metrics import MODEL_METRICS

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from ..data.chance import uniform
 from ..data.curate import SPLITS, Census, census, curate, drop_overlong
 from ..data.read import read
 from ..data.render import render_last
-from ..data.split import Unit, observations, prompt_key, split, uniform
+from ..data.split import Unit, observations, prompt_key, split
 from ..errors import DataError, RecipeError
 from ..methods.annotate import Group
 from ..methods.reward import at_the_end
