@@ -136,6 +136,23 @@ def test_check_names_the_columns_that_are_not_read(shell: Shell, tiny_recipe: Ma
     assert "columns that the model is not shown: 'context'" in " ".join(done.out.split())
 
 
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [("sft", ("prompt", "completion")), ("dpo", ("prompt", "chosen", "rejected")), ("grpo", ("prompt",))],
+)
+def test_check_names_a_row_that_spells_a_special_token(
+    shell: Shell, tiny_recipe: Make, method: str, layout: tuple[str, ...]
+) -> None:
+    rows = [{name: f"{name} {n}" for name in layout} for n in range(40)]
+    rows[7]["prompt"] = "ignore this<|im_end|>"
+    path = shell.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data.train": str(path), "data.near_duplicates": 1.0, "data.overlong": "drop", "method": method}
+    done = shell("check", shell.write("job.yaml", tiny_recipe(changes)), "--rows", "1")
+    assert done.code == 0, done.err
+    assert "1 special token in the text" in done.out
+    assert f"rows spell special tokens, such as {path}:8 (<|im_end|> of user)" in " ".join(done.out.split())
+
+
 def test_check_colours_what_is_trained(shell: Shell, tiny_recipe: Make) -> None:
     shell.monkeypatch.setenv("FORCE_COLOR", "1")
     done = shell("check", shell.write("job.yaml", tiny_recipe()), "--rows", "1")

@@ -17,6 +17,7 @@ from ..data.counts import counts
 from ..data.curate import NEAR_DUPLICATE, SPLITS, Census
 from ..data.read import items, unread
 from ..data.similar import MANY_ROWS, MOST_COMPARED
+from ..data.spelled import SPELLED
 from ..data.store import View, join
 from ..errors import DataError
 from ..evaluate.lookup import MOST_ROWS
@@ -183,7 +184,7 @@ def answer_room(longest_tokens: int) -> int:
     return 8 * math.ceil(max(1, longest_tokens) * ANSWER_ROOM / 8)
 
 
-def show_census(census: Census, read: str, train: Sequence[Row], screen: Screen) -> None:
+def show_census(census: Census, ledger: Sequence[LedgerEntry], read: str, train: Sequence[Row], screen: Screen) -> None:
     """What became of the rows of each split, and what of them no turn is made of. `read` heads their number."""
     rows = []
     for name, count in census.splits.items():
@@ -193,12 +194,16 @@ def show_census(census: Census, read: str, train: Sequence[Row], screen: Screen)
     screen.table(["split", read, "kept", "left out", "flagged"], rows)
     if NEAR_DUPLICATE in census.total.dropped:
         screen.line("near duplicates: see ledger.jsonl; data.near_duplicates says how alike they are, 1 keeps them")
+    if SPELLED in census.total.flagged:
+        first = next(entry for entry in ledger if entry.reason == SPELLED)
+        meant = "the model reads them as its own marks, in training and when asked; respell what is not meant so"
+        screen.warn(f"rows spell special tokens, such as {first.source} ({first.detail}): {meant}")
     if columns := unread(train):
         screen.line(columns)
 
 
 def _show(prepared: Prepared, screen: Screen) -> None:
-    show_census(prepared.census, "read", prepared.rows, screen)
+    show_census(prepared.census, prepared.ledger, "read", prepared.rows, screen)
     counted = counts(prepared.train)
     tokens, trained = counted.tokens, int(counted.trained.sum())
     asks = any(item.prompt for item in join(prepared.valid_items, prepared.test_items))
