@@ -122,13 +122,21 @@ def _options(recipe: Recipe, model: Model, data: Prepared, screen: Screen) -> li
         return []
     system = takes_system(model.tokenizer)
     found = candidates(task.instructions, task.shots, data.rows, seed=recipe.evaluate.seed, allow_system=system)
-    longest = max(items, key=lambda item: sum(len(message.content) for message in item.prompt))
+    alone = np.array([len(prompt_tokens(item.prompt, model.tokenizer, item.tools)) for item in items])
+    longest = items[int(np.argmax(alone))]
     room = model.vocabulary.context_tokens - data.max_new_tokens
-    fits = [len(prompt_tokens(o.messages(longest), model.tokenizer, longest.tools)) <= room for o in found]
-    for option, fit in zip(found, fits, strict=True):
-        if not fit:
-            screen.warn(f"{option.name}: {_told(option)} left out, longer than the model's context")
-    return [option for option, fit in zip(found, fits, strict=True) if fit]
+    fit: list[Prompting] = []
+    for option in found:
+        # What an option adds is the same for every item, but for a token or two.
+        added = len(prompt_tokens(option.messages(longest), model.tokenizer, longest.tools)) - alone.max()
+        over = int((alone + added > room).sum())
+        if over:
+            seen = f"{over} of {len(items)} held-out rows would be longer than the model's context with them"
+            first = longest.prompt[-1].content[:40]
+            screen.warn(f"{option.name}: {_told(option)} left out, as {seen}; the longest of these: {first!r}")
+        else:
+            fit.append(option)
+    return fit
 
 
 def _tried(
