@@ -305,6 +305,27 @@ def test_a_defect_is_an_error_that_names_its_line(
     assert says in error.what
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "line", "says", "fix"),
+    [
+        ("a.jsonl", '{\n "prompt": "q",\n "completion": "a"\n}\n', ":1", "over several lines", "jq -c"),
+        ("a.jsonl", '[\n{"prompt": "q", "completion": "a"}\n]\n', ":1", "over several lines", ".json"),
+        ("a.jsonl", '[{"prompt": "q", "completion": "a"}]', ":1", "not an object", "name it .json"),
+        ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "", "Git LFS", "git lfs pull"),
+        ("a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "", "Git LFS", "git lfs pull"),
+        ("a.jsonl", '{"prompt": "q", "completion": null}', ":1", "empty (null)", "leave the row out"),
+        ("a.jsonl", '{"prompt": null, "completion": "a"}', ":1", "empty (null)", "leave the row out"),
+    ],
+)
+def test_files_that_people_often_bring_are_told_what_to_do(
+    tmp_path: Path, name: str, content: str, line: str, says: str, fix: str
+) -> None:
+    error = failure(tmp_path / name, content)
+    assert error.where == f"{tmp_path / name}{line}"
+    assert says in error.what
+    assert fix in error.fix
+
+
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="no such file"):
         rows_of(str(tmp_path / "none.jsonl"))
