@@ -377,6 +377,18 @@ update:
     assert not (shell.home / "runs").exists()
 
 
+@pytest.mark.parametrize("command", ["run", "distill", "check", "plan"])
+def test_mistakes_of_a_recipe_do_not_wait_for_torch(shell: Shell, command: str) -> None:
+    path = shell.write("job.yaml", "data: rows.jsonl\n")
+    lines = ["import atexit, sys", "from tunesmith import cli", f"sys.argv = ['tunesmith', {command!r}, {str(path)!r}]"]
+    lines += ["atexit.register(lambda: print('torch' in sys.modules))", "cli.main()"]
+    words = [sys.executable, "-c", "\n".join(lines)]
+    env = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+    assert "job.yaml:1: data = 'rows.jsonl'" in done.stderr
+
+
 def test_a_group_of_keys_that_set_replaces_has_no_lines_in_the_file(shell: Shell, tiny_recipe: Make) -> None:
     path = shell.write("job.yaml", tiny_recipe({"train": {"epochs": 2}}))
     refused(shell("run", path, "--set", "train={epochs: -1}"), "error --set train: train.epochs = -1")
