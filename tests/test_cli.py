@@ -374,6 +374,7 @@ update:
     assert places == [*lines, "--set train.batch"]
     assert "unknown key 'data.layuot'\n    Did you mean 'data.layout'?" in done.err
     assert "task.also = 1: Input should be a valid string\n    Put it in quotes" in done.err
+    assert "data.valid = 1.5: Input should be less than 1\n    Write there: a fraction of train, or a file." in done.err
     assert not (shell.home / "runs").exists()
 
 

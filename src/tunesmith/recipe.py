@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -295,28 +295,33 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def known_keys(spec: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+def known_keys() -> list[str]:
     """Every dotted key of the recipe."""
-    keys = []
+    return list(_meanings())
+
+
+def _meanings(spec: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, str]:
+    """What each key's description says, by dotted key; empty where there is none."""
+    found: dict[str, str] = {}
     for name, info in spec.model_fields.items():
-        keys.append(prefix + name)
+        found[prefix + name] = info.description or ""
         if isinstance(info.annotation, type) and issubclass(info.annotation, Spec):
-            keys += known_keys(info.annotation, prefix + name + ".")
-    return keys
+            found |= _meanings(info.annotation, prefix + name + ".")
+    return found
 
 
 def _explain(error: ValidationError, where: str, places: Mapping[str, str]) -> RecipeError:
     """Every mistake, in the order of the text."""
-    order, names = ["", *places], known_keys()
+    order, meanings = ["", *places], _meanings()
     found: dict[tuple[str, str], tuple[int, RecipeError]] = {}
     for problem in error.errors():
         dotted = key = ".".join(map(str, problem["loc"]))
         if problem["type"] not in ("extra_forbidden", "missing"):
             # Inside a list or a union pydantic names places that are no keys.
-            key = max((name for name in names if _begins(dotted, name)), key=len, default=key)
+            key = max((name for name in meanings if _begins(dotted, name)), key=len, default=key)
         stands = max((place for place in order if _begins(dotted, place)), key=len, default="")
         # A value that may be of two types has a problem for each of them.
-        mistake = order.index(stands), _mistake(problem, key, names, places.get(stands, where))
+        mistake = order.index(stands), _mistake(problem, key, meanings, places.get(stands, where))
         found.setdefault((key, repr(problem["input"])), mistake)
     mistakes = [str(mistake) for _, mistake in sorted(found.values(), key=lambda placed: placed[0])]
     if len(mistakes) == 1:
@@ -329,10 +334,10 @@ def _begins(dotted: str, name: str) -> bool:
     return f"{dotted}.".startswith(f"{name}.")
 
 
-def _mistake(problem: ErrorDetails, key: str, names: Sequence[str], where: str) -> RecipeError:
+def _mistake(problem: ErrorDetails, key: str, meanings: Mapping[str, str], where: str) -> RecipeError:
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
-        same_leaf = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
+        near = difflib.get_close_matches(key, meanings, n=1, cutoff=0.4)
+        same_leaf = [name for name in meanings if name.split(".")[-1] == key.split(".")[-1]]
         guess = (same_leaf or near or [""])[0]
         fix = f"Did you mean {guess!r}?" if guess else "See `tunesmith schema` for the known keys."
         return RecipeError(f"unknown key {key!r}", where=where, fix=fix)
@@ -342,7 +347,8 @@ def _mistake(problem: ErrorDetails, key: str, names: Sequence[str], where: str) 
         what = f"{key} = {problem['input']!r}: here stand keys, not a value"
         return RecipeError(what, where=where, fix=f"Write its keys on indented lines below {key}:, or leave it out.")
     reason = problem["msg"].removeprefix("Value error, ")
-    fix = f"Change {key}; see `tunesmith schema`."
+    meaning = meanings.get(key)
+    fix = f"Write there: {meaning}." if meaning else f"Change {key}; see `tunesmith schema`."
     if problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float | date):
         fix = "Put it in quotes: without them YAML reads yes and no as true and false, and numbers and dates as such."
     return RecipeError(f"{key} = {problem['input']!r}: {reason}", where=where, fix=fix)
