@@ -152,6 +152,7 @@ def test_a_row_that_leaves_prompts_no_room_is_told(
     said = f"few_shot: 2 shots left out, as 1 of {len(data.valid_items) + 2} held-out rows would be longer"
     assert said in told.getvalue()
     assert "the longest of these: '\u20ac\u20ac" in told.getvalue()
+    assert any(said in reason for reason in chosen.untried)
 
 
 def test_an_arm_is_asked_once_and_again_when_the_rows_are_others(model: Model, data: Prepared, tmp_path: Path) -> None:
