@@ -30,6 +30,7 @@ from ..types import Conversation, Example, Item, LedgerEntry, Row
 from .rows import curated
 
 ANSWER_ROOM = 1.25
+OUTLIER = 4  # so many times as long as nearly all answers, one alone decides how long a base may ramble
 PREAMBLE_TOKENS = 128  # for a wordy base to come to its answer, where the metric looks for that inside
 
 
@@ -87,6 +88,10 @@ def prepare(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> Prepared:
     if longest > prepared.max_new_tokens:
         what = f"the longest answer has {longest} tokens, task.max_new_tokens = {prepared.max_new_tokens}"
         screen.warn(f"{what}: no arm can give it in full")
+    usual = float(np.percentile(counts(train.examples).trained, 95))
+    if not recipe.task.max_new_tokens and longest > OUTLIER * usual:
+        what = f"the longest answer has {longest} tokens, 95 % of the answers up to {usual:.0f}"
+        screen.warn(f"{what}: every arm may write {prepared.max_new_tokens} tokens; task.max_new_tokens bounds it")
     if found.census.total.read > MANY_ROWS and spec.near_duplicates < 1:
         compared = f"a row is compared with the {MOST_COMPARED} look-alikes before it in each hash band"
         screen.line(f"over {MANY_ROWS:,} rows: {compared}, so some near-duplicates may stay")
