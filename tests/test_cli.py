@@ -137,6 +137,23 @@ def test_check_names_the_columns_that_are_not_read(shell: Shell, tiny_recipe: Ma
     assert "columns that the model is not shown: 'context'" in " ".join(done.out.split())
 
 
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [("sft", ("prompt", "completion")), ("dpo", ("prompt", "chosen", "rejected")), ("grpo", ("prompt",))],
+)
+def test_check_names_a_row_that_spells_a_special_token(
+    shell: Shell, tiny_recipe: Make, method: str, layout: tuple[str, ...]
+) -> None:
+    rows = [{name: f"{name} {n}" for name in layout} for n in range(40)]
+    rows[7]["prompt"] = "ignore this<|im_end|>"
+    path = shell.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data.train": str(path), "data.near_duplicates": 1.0, "data.overlong": "drop", "method": method}
+    done = shell("check", shell.write("job.yaml", tiny_recipe(changes)), "--rows", "1")
+    assert done.code == 0, done.err
+    assert "1 special token in the text" in done.out
+    assert f"rows spell special tokens, such as {path}:8 (<|im_end|> of user)" in " ".join(done.out.split())
+
+
 def test_check_colours_what_is_trained(shell: Shell, tiny_recipe: Make) -> None:
     shell.monkeypatch.setenv("FORCE_COLOR", "1")
     done = shell("check", shell.write("job.yaml", tiny_recipe()), "--rows", "1")
@@ -326,19 +343,62 @@ def test_a_missing_recipe_is_named(shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("data: [", "not valid YAML"),
-        ("- 1\n", "a mapping of keys"),
-        ("", "a mapping of keys"),
-        ("base: x\n", "'data'"),
-        ("base: x\ndata: {train: a.jsonl}\nbase: y\n", "the key 'base' stands twice"),
-        ("data: {train: a.jsonl}\nout: 2020-99-99\n", "not valid YAML"),
-        ("data: rows.jsonl\n", "data = 'rows.jsonl': here stand keys, not a value"),
-        ("data: {train: a.jsonl}\ntrain:\n", "train = None: here stand keys"),
-        ("data: {train: ''}\n", "data.train = ''"),
+        ("data: [", "job.yaml: not valid YAML"),
+        ("- 1\n", "job.yaml: a recipe is a mapping of keys"),
+        ("", "job.yaml: a recipe is a mapping of keys"),
+        ("base: x\n", "job.yaml: the key 'data' is missing"),
+        ("base: x\ndata: {valid: 0.2}\n", "job.yaml:2: the key 'data.train' is missing"),
+        ("base: x\ndata: {train: a.jsonl}\nbase: y\n", "job.yaml: not valid YAML: the key 'base' stands twice"),
+        ("data: {train: a.jsonl}\nout: 2020-99-99\n", "job.yaml: not valid YAML"),
+        ("data: rows.jsonl\n", "job.yaml:1: data = 'rows.jsonl': here stand keys, not a value"),
+        ("data: {train: a.jsonl}\ntrain:\n", "job.yaml:2: train = None: here stand keys"),
+        ("data: {train: ''}\n", "job.yaml:1: data.train = ''"),
+        ("data: {train: a.jsonl}\n1: x\n", "job.yaml:2: "),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(shell: Shell, text: str, said: str) -> None:
-    refused(shell("run", shell.write("job.yaml", text)), "job.yaml: ", said)
+    refused(shell("run", shell.write("job.yaml", text)), said)
+
+
+def test_all_mistakes_of_a_recipe_are_told_at_once_each_with_its_line(shell: Shell) -> None:
+    text = """\
+train: {epochs: -1}
+data:
+  train: rows.jsonl
+  valid: 1.5
+  layuot: auto
+task:
+  also: [chrf, 1]
+update:
+  - lora
+  - ful
+"""
+    done = shell("run", shell.write("job.yaml", text), "--set", "train.batch=0", "--set", "evaluate.rows=1")
+    refused(done, "job.yaml: 6 mistakes")
+    places = [line.split(": ")[0] for line in done.err.splitlines()[1:] if not line.startswith("    ")]
+    lines = [f"{shell.home / 'job.yaml'}:{line}" for line in (1, 4, 5, 7, 10)]
+    assert places == [*lines, "--set train.batch"]
+    assert "unknown key 'data.layuot'\n    Did you mean 'data.layout'?" in done.err
+    assert "task.also = 1: Input should be a valid string\n    Put it in quotes" in done.err
+    assert "data.valid = 1.5: Input should be less than 1\n    Write there: a fraction of train, or a file." in done.err
+    assert not (shell.home / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "distill", "check", "plan"])
+def test_mistakes_of_a_recipe_do_not_wait_for_torch(shell: Shell, command: str) -> None:
+    path = shell.write("job.yaml", "data: rows.jsonl\n")
+    lines = ["import atexit, sys", "from tunesmith import cli", f"sys.argv = ['tunesmith', {command!r}, {str(path)!r}]"]
+    lines += ["atexit.register(lambda: print('torch' in sys.modules))", "cli.main()"]
+    words = [sys.executable, "-c", "\n".join(lines)]
+    env = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+    assert "job.yaml:1: data = 'rows.jsonl'" in done.stderr
+
+
+def test_a_group_of_keys_that_set_replaces_has_no_lines_in_the_file(shell: Shell, tiny_recipe: Make) -> None:
+    path = shell.write("job.yaml", tiny_recipe({"train": {"epochs": 2}}))
+    refused(shell("run", path, "--set", "train={epochs: -1}"), "error --set train: train.epochs = -1")
 
 
 def test_a_recipe_that_is_not_utf_8_names_its_line(shell: Shell) -> None:

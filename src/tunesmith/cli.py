@@ -50,13 +50,14 @@ def run(
     recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False, json_: Json = False, debug: Debug = False
 ) -> None:
     """Do the whole job; the same command goes on after a stop."""
+    resolved = load_recipe(recipe, tuple(set_ or ()))  # first, as its mistakes need not wait for torch
     with _importing():
         from .pipeline.run import run as run_recipe
         from .world import world_from_env
 
     world = world_from_env()
     screen = Screen(quiet=quiet or json_ or not world.leads)
-    folder = run_recipe(load_recipe(recipe, tuple(set_ or ())), world, screen=screen, root=recipe.parent)
+    folder = run_recipe(resolved, world, screen=screen, root=recipe.parent)
     if world.leads:
         if json_:
             print(folder.results.read_text(encoding="utf-8"), end="")
@@ -76,6 +77,7 @@ def distill(
     debug: Debug = False,
 ) -> None:
     """Train a student to do without a long prompt: collect a teacher's answers, tune, and compare the two."""
+    resolved = load_recipe(recipe, tuple(set_ or ()))
     with _importing():
         from .pipeline.distill import bill, plan_distillation
         from .pipeline.distill import distill as distill_recipe
@@ -83,7 +85,7 @@ def distill(
 
     world = world_from_env()
     screen = Screen(quiet=quiet or json_ or not world.leads)
-    plan = plan_distillation(load_recipe(recipe, tuple(set_ or ())), screen, recipe.parent)
+    plan = plan_distillation(resolved, screen, recipe.parent)
     if world.leads and plan.requests and plan.costs_money and not yes:
         if not sys.stdin.isatty():
             what = f"{plan.requests:,} requests may cost money ({bill(plan)})"
@@ -105,12 +107,12 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Look at the data: what is kept and why, and which tokens are trained (green)."""
+    resolved = load_recipe(recipe, tuple(set_ or ()))
     with _importing():
         from .data.show import masked_text
         from .model.load import load_vocabulary
         from .pipeline.forecast import trained_rows
 
-    resolved = load_recipe(recipe, tuple(set_ or ()))
     console = terminal()
     vocabulary = load_vocabulary(resolved.base)
     for note in vocabulary.notes:
@@ -130,11 +132,12 @@ def check(
 @app.command()
 def plan(recipe: RecipePath, set_: Overrides = None, debug: Debug = False) -> None:
     """Predict memory, time and FLOPs, and the smallest gain the test rows can show; trains nothing."""
+    resolved = load_recipe(recipe, tuple(set_ or ()))
     with _importing():
         from .pipeline.forecast import forecast
         from .world import world_from_env
 
-    forecast(load_recipe(recipe, tuple(set_ or ())), recipe.parent, world_from_env(), Screen(console=terminal()))
+    forecast(resolved, recipe.parent, world_from_env(), Screen(console=terminal()))
 
 
 @app.command()

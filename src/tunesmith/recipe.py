@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from .errors import RecipeError
+from .written import written
 
 Layout = Literal[
     "auto", "prompt_completion", "messages", "instruction", "text", "preference", "openai_preference", "prompt"
@@ -46,7 +48,9 @@ class DataSpec(Spec):
     test: Fraction | PathName = Field(default=0.1, description="a fraction of train, or a file")
     layout: Layout = Field(default="auto", description="how columns form a row; found from their names unless given")
     columns: dict[str, str] = Field(default_factory=dict, description="our name: your column, e.g. prompt: question")
-    rows: int | None = Field(default=None, gt=0, description="read at most this many rows of train")
+    rows: int | None = Field(
+        default=None, gt=0, description="use at most this many rows of train, drawn by seed; of a hub set the first"
+    )
     max_tokens: int | None = Field(
         default=None, gt=1, description="longest example in tokens; the model's context unless given"
     )
@@ -62,7 +66,7 @@ class DataSpec(Spec):
     rehearse: float = Field(
         default=0.5, ge=0, description="sft: weight of repeating what the base writes by itself, against forgetting"
     )
-    seed: int = Field(default=0, description="changes which rows fall into which split")
+    seed: int = Field(default=0, description="changes which rows are drawn, and into which split they fall")
 
 
 class TeacherSpec(Spec):
@@ -265,28 +269,25 @@ class Recipe(Spec):
 def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a YAML recipe and apply `key.sub=value` overrides.
 
-    Raises RecipeError that names the file and key, and the nearest known key for an unknown one.
+    Raises RecipeError that names file, line and key of every mistake, and the nearest known key for an unknown one.
     """
     path = Path(path)
     if not path.is_file():
         raise RecipeError("no such recipe", where=str(path), fix="Give the path of a YAML recipe; see recipes/.")
-    raw = _read_yaml(path)
-    if not isinstance(raw, dict):
-        raise RecipeError(
-            "a recipe is a mapping of keys", where=str(path), fix="Start from recipes/legal_citations.yaml."
-        )
-    for override in overrides:
-        _apply(raw, override)
-    recipe = parse_recipe(raw, where=str(path))
+    found = written(path, overrides)
+    recipe = parse_recipe(found.values, str(path), found.places)
     return recipe.model_copy(update={"out": recipe.out or f"runs/{path.stem}"})
 
 
-def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Validate a mapping. Raises RecipeError with the key, the reason and the nearest known key."""
+def parse_recipe(raw: dict[str, Any], where: str = "recipe", places: Mapping[str, str] | None = None) -> Recipe:
+    """Validate a mapping; `places` says by dotted key where each of its keys stands, in the order of the text.
+
+    Raises RecipeError with place, key and reason of every mistake, and the nearest known key for an unknown one.
+    """
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise _explain(error, where) from None
+        raise _explain(error, where, places or {}) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -294,90 +295,60 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-class _OnceLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                what = f"the key {key.value!r} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise RecipeError(f"cannot be read: {error.strerror}", where=str(path), fix="Check its permissions.") from None
-    try:
-        loader = _OnceLoader(data.decode("utf-8"))
-        loader.name = str(path)  # what its errors call the text
-        return loader.get_single_data()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise RecipeError("not UTF-8", where=f"{path}:{line}", fix="Save the file as UTF-8.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
-        raise RecipeError(f"not valid YAML: {error}", where=str(path), fix="Mend the line named above.") from None
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    """Set one dotted key in `raw` from `key=value`; the value is read as YAML."""
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"cannot read the override {override!r}", where="--set", fix="Write --set train.epochs=2.")
-    *parents, leaf = key.strip().split(".")
-    node = raw
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise RecipeError(f"{parent!r} holds a value, not keys", where=f"--set {key}", fix="Check the dotted name.")
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise RecipeError(
-            f"cannot read the value {value!r}", where=f"--set {key}", fix="Quote it as in YAML."
-        ) from None
-    if isinstance(node[leaf], str):
-        node[leaf] = _number(node[leaf])
-
-
-def _number(text: str) -> float | str:
-    """YAML reads `1e-3` as text; a number is what was meant."""
-    return float(text) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", text) else text
-
-
-def known_keys(spec: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+def known_keys() -> list[str]:
     """Every dotted key of the recipe."""
-    keys = []
+    return list(_meanings())
+
+
+def _meanings(spec: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, str]:
+    """What each key's description says, by dotted key; empty where there is none."""
+    found: dict[str, str] = {}
     for name, info in spec.model_fields.items():
-        keys.append(prefix + name)
+        found[prefix + name] = info.description or ""
         if isinstance(info.annotation, type) and issubclass(info.annotation, Spec):
-            keys += known_keys(info.annotation, prefix + name + ".")
-    return keys
+            found |= _meanings(info.annotation, prefix + name + ".")
+    return found
 
 
-def _explain(error: ValidationError, where: str) -> RecipeError:
-    problem = error.errors()[0]
-    location, names = [str(part) for part in problem["loc"]], known_keys()
-    key = ".".join(location)
+def _explain(error: ValidationError, where: str, places: Mapping[str, str]) -> RecipeError:
+    """Every mistake, in the order of the text."""
+    order, meanings = ["", *places], _meanings()
+    found: dict[tuple[str, str], tuple[int, RecipeError]] = {}
+    for problem in error.errors():
+        dotted = key = ".".join(map(str, problem["loc"]))
+        if problem["type"] not in ("extra_forbidden", "missing"):
+            # Inside a list or a union pydantic names places that are no keys.
+            key = max((name for name in meanings if _begins(dotted, name)), key=len, default=key)
+        stands = max((place for place in order if _begins(dotted, place)), key=len, default="")
+        # A value that may be of two types has a problem for each of them.
+        mistake = order.index(stands), _mistake(problem, key, meanings, places.get(stands, where))
+        found.setdefault((key, repr(problem["input"])), mistake)
+    mistakes = [str(mistake) for _, mistake in sorted(found.values(), key=lambda placed: placed[0])]
+    if len(mistakes) == 1:
+        return next(mistake for _, mistake in found.values())
+    told = "\n".join(mistake.replace("\n", "\n    ") for mistake in mistakes)
+    return RecipeError(f"{len(mistakes)} mistakes", where=where, fix=told)
+
+
+def _begins(dotted: str, name: str) -> bool:
+    return f"{dotted}.".startswith(f"{name}.")
+
+
+def _mistake(problem: ErrorDetails, key: str, meanings: Mapping[str, str], where: str) -> RecipeError:
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
-        same_leaf = [name for name in names if name.split(".")[-1] == location[-1]]
+        near = difflib.get_close_matches(key, meanings, n=1, cutoff=0.4)
+        same_leaf = [name for name in meanings if name.split(".")[-1] == key.split(".")[-1]]
         guess = (same_leaf or near or [""])[0]
         fix = f"Did you mean {guess!r}?" if guess else "See `tunesmith schema` for the known keys."
         return RecipeError(f"unknown key {key!r}", where=where, fix=fix)
     if problem["type"] == "missing":
         return RecipeError(f"the key {key!r} is missing", where=where, fix=f"Add {key}: ... to the recipe.")
-    # Inside a list or a union pydantic names places that are no keys.
-    key = max((name for name in names if f"{key}.".startswith(f"{name}.")), key=len, default=key)
     if problem["type"] == "model_type":
         what = f"{key} = {problem['input']!r}: here stand keys, not a value"
         return RecipeError(what, where=where, fix=f"Write its keys on indented lines below {key}:, or leave it out.")
     reason = problem["msg"].removeprefix("Value error, ")
-    fix = f"Change {key}; see `tunesmith schema`."
+    meaning = meanings.get(key)
+    fix = f"Write there: {meaning}." if meaning else f"Change {key}; see `tunesmith schema`."
     if problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float | date):
         fix = "Put it in quotes: without them YAML reads yes and no as true and false, and numbers and dates as such."
     return RecipeError(f"{key} = {problem['input']!r}: {reason}", where=where, fix=fix)

@@ -51,10 +51,10 @@ class Screen:
         self.console.print(f"  [yellow]note[/] {escape(text)}", highlight=False)
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A small table; every column after the first is a value, the last wraps."""
+        """A small table; where it is wider than the terminal its widest columns wrap, and nothing is cut off."""
         table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
-        for place, header in enumerate(headers):
-            table.add_column(header, overflow="fold", no_wrap=place < len(headers) - 1)
+        for header in headers:
+            table.add_column(header, overflow="fold")
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
         self.console.print(table)

@@ -225,6 +225,26 @@ def test_the_row_limit_holds_for_train_only(tmp_path: Path) -> None:
     assert len(list(read(valid, spec))) == 3
 
 
+def test_limited_rows_are_drawn_from_the_whole_of_a_sorted_file(tmp_path: Path) -> None:
+    labels = ["bad"] * 100 + ["good"] * 100
+    train = write(tmp_path / "a.jsonl", *[{"prompt": f"q{n}", "completion": label} for n, label in enumerate(labels)])
+    found = rows_of(train, rows=40)
+    lines = [int(row.source.rpartition(":")[2]) for row in found]
+    assert lines == sorted(set(lines))
+    assert 10 < sum(line > 100 for line in lines) < 30
+    assert rows_of(train, rows=40) == found
+    assert {row.id for row in found} < {row.id for row in rows_of(train, rows=60)}
+    assert {row.id for row in found} != {row.id for row in rows_of(train, rows=40, seed=1)}
+    assert rows_of(train, rows=500) == rows_of(train)
+
+
+def test_rows_added_to_a_file_move_few_of_those_that_are_drawn(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{n}", "completion": "a"} for n in range(220)]
+    few, more = write(tmp_path / "few.jsonl", *rows[:200]), write(tmp_path / "more.jsonl", *rows)
+    before, after = ({row.id for row in rows_of(source, rows=50)} for source in (few, more))
+    assert len(before & after) >= 40
+
+
 def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(
         b"\xef\xbb\xbf" + json.dumps(PAIR).encode() + b"\r\n" + json.dumps(PAIR).encode()
@@ -285,6 +305,27 @@ def test_a_defect_is_an_error_that_names_its_line(
     assert says in error.what
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "line", "says", "fix"),
+    [
+        ("a.jsonl", '{\n "prompt": "q",\n "completion": "a"\n}\n', ":1", "over several lines", "jq -c"),
+        ("a.jsonl", '[\n{"prompt": "q", "completion": "a"}\n]\n', ":1", "over several lines", ".json"),
+        ("a.jsonl", '[{"prompt": "q", "completion": "a"}]', ":1", "not an object", "name it .json"),
+        ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "", "Git LFS", "git lfs pull"),
+        ("a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "", "Git LFS", "git lfs pull"),
+        ("a.jsonl", '{"prompt": "q", "completion": null}', ":1", "empty (null)", "leave the row out"),
+        ("a.jsonl", '{"prompt": null, "completion": "a"}', ":1", "empty (null)", "leave the row out"),
+    ],
+)
+def test_files_that_people_often_bring_are_told_what_to_do(
+    tmp_path: Path, name: str, content: str, line: str, says: str, fix: str
+) -> None:
+    error = failure(tmp_path / name, content)
+    assert error.where == f"{tmp_path / name}{line}"
+    assert says in error.what
+    assert fix in error.fix
+
+
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="no such file"):
         rows_of(str(tmp_path / "none.jsonl"))
@@ -300,6 +341,7 @@ def test_a_data_set_of_the_hub_layout_is_streamed(tmp_path: Path, monkeypatch: p
     write(tmp_path / "team" / "tickets" / "train.jsonl", PAIR, PAIR)
     monkeypatch.chdir(tmp_path)
     assert [row.source for row in rows_of("team/tickets")] == ["team/tickets:1", "team/tickets:2"]
+    assert [row.source for row in rows_of("team/tickets", rows=1)] == ["team/tickets:1"]  # the rest is not fetched
     with pytest.raises(DataError, match="hub"):
         rows_of("team/tickets:nosuchsplit")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,23 @@ def test_prompts_longer_than_the_context_are_left_out_and_told(
     chosen = select_prompts(recipe, model, data, asking("exact_match"), RunFolder(path=tmp_path), screen)
     assert [arm.name for arm in chosen.arms] == ["base"]
     assert "longer than the model's context" in told.getvalue()
+
+
+def test_a_row_that_leaves_prompts_no_room_is_told(
+    tiny_recipe: Make, model: Model, data: Prepared, tmp_path: Path
+) -> None:
+    recipe = parse_recipe(tiny_recipe({"task.instructions": "Give the upper case."}))
+    # Fewer characters than the other long one, and three tokens each.
+    rare = Item(prompt=turns(("user", "\u20ac" * 160)), reference="", id="rare")
+    told = io.StringIO()
+    screen = Screen(console=Console(file=told, width=400))
+    odd = replace(data, test_items=(rare, Item(prompt=turns(("user", "a" * 170)), reference="", id="long")))
+    chosen = select_prompts(recipe, model, odd, asking("exact_match"), RunFolder(path=tmp_path), screen)
+    assert "few_shot" not in {arm.name for arm in chosen.arms}
+    said = f"few_shot: 2 shots left out, as 1 of {len(data.valid_items) + 2} held-out rows would be longer"
+    assert said in told.getvalue()
+    assert "the longest of these: '\u20ac\u20ac" in told.getvalue()
+    assert any(said in reason for reason in chosen.untried)
 
 
 def test_an_arm_is_asked_once_and_again_when_the_rows_are_others(model: Model, data: Prepared, tmp_path: Path) -> None:

@@ -116,6 +116,18 @@ def test_an_answer_that_the_metric_cannot_read_is_left_out(raw: Make, chat_serve
         assert all(row["completion"] != "no idea" for row in rows)
 
 
+def test_held_out_answers_that_a_further_metric_cannot_grade_are_left_out(raw: Make, chat_server: Any) -> None:
+    chat_server.say = lambda question: str(len(question)) if "a" in question[16:] else "no idea"
+    folder = distilled(parse_recipe(raw({"task.metric": "rouge_l", "task.also": ["numeric_match"]})))
+    assert read_json(folder.results)["distill"]["dropped"]["task.also cannot grade it"] > 0
+    rows = {name: read_jsonl(Path(f"{folder.path}-teacher") / f"{name}.jsonl") for name in ("train", "valid", "test")}
+    assert any(row["completion"] == "no idea" for row in rows["train"])
+    assert all(row["completion"] != "no idea" for row in (*rows["valid"], *rows["test"]))
+    ledger = read_jsonl(Path(f"{folder.path}-teacher") / "ledger.jsonl")
+    told = [entry["detail"] for entry in ledger if entry["reason"] == "task.also cannot grade it"]
+    assert set(told) == {"the reference 'no idea' holds no number"}
+
+
 def test_a_reference_that_the_metric_cannot_read_is_told_before_the_teacher_is_asked(
     raw: Make, tiny_rows: Path
 ) -> None:
@@ -256,10 +268,13 @@ def test_a_teacher_that_refuses_everything_stops_early(raw: Make, chat_server: A
         ({"method": "dpo"}, "method dpo has no use"),
         ({"task.metric": "completion_loss"}, "completion_loss cannot grade"),
         ({"data.test": 0}, "test rows"),
+        ({"task.also": ["rouge"]}, "task.also: unknown metric 'rouge'"),
+        ({"task.also": ["own.py:f"]}, "own.py:f: no such file"),
+        ({"evaluate.retention": "gone.jsonl"}, "gone.jsonl: no such file"),
     ],
 )
 def test_a_recipe_that_cannot_be_distilled_is_told(raw: Make, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(RecipeError, match=told):
+    with pytest.raises((RecipeError, DataError), match=told):
         plan_distillation(parse_recipe(raw(changes)), QUIET)
 
 

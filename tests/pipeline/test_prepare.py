@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tunesmith.data.read import read
 from tunesmith.data.render import render
@@ -63,6 +65,20 @@ def test_an_answer_may_be_a_quarter_longer_than_the_longest_one_trained(
     del raw["task"]["max_new_tokens"]
     # Three letters and the end of turn: 4 tokens, and a quarter more, as a multiple of 8.
     assert prepared(raw, vocabulary).max_new_tokens == 8
+
+
+@pytest.mark.parametrize("most", [None, 16])
+def test_one_answer_that_is_far_longer_than_the_others_is_told(
+    tiny_recipe: Make, tmp_path: Path, vocabulary: Vocabulary, most: int | None
+) -> None:
+    rows = [{"prompt": f"q{n} {chr(97 + n % 26) * 3}", "completion": "yes"} for n in range(60)]
+    parts = {"valid": rows[:10], "test": rows[10:20], "train": [*rows[20:], {"prompt": "z", "completion": "1" * 200}]}
+    data = {f"data.{name}": written(tmp_path / f"{name}.jsonl", *part) for name, part in parts.items()}
+    told = io.StringIO()
+    changes = {**data, "data.near_duplicates": 1.0, "task.max_new_tokens": most}
+    prepare(parse_recipe(tiny_recipe(changes)), vocabulary, Screen(console=Console(file=told, width=300)))
+    said = "the longest answer has 201 tokens, 95 % of the answers up to 4: every arm may write 256 tokens"
+    assert (said in told.getvalue()) == (most is None)
 
 
 def test_room_for_an_answer_counts_what_the_template_writes_of_a_tool_call(

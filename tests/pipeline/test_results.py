@@ -46,6 +46,15 @@ def recipe(tiny_recipe: Make) -> Callable[..., Recipe]:
     return make
 
 
+def test_prompts_that_could_not_compete_are_told_with_the_verdict(recipe: Callable[..., Recipe]) -> None:
+    arms = [measurement("base", exact_match=[0.0] * 100), measurement("lora", exact_match=[1.0] * 100)]
+    untried = "few_shot: 5 shots left out, as 1 of 100 held-out rows would be longer"
+    results = conclude(recipe({}), findings(*arms, best="base", facts={"untried": [untried]}))
+    assert results["verdict"]["decision"] == "ship"
+    assert f"Not compared: {untried}." in results["verdict"]["reasons"]
+    assert results["untried"] == [untried]
+
+
 def test_a_clear_gain_ships_and_what_it_saves_is_told(recipe: Callable[..., Recipe]) -> None:
     found = findings(
         measurement("base", exact_match=[0.0] * 100),

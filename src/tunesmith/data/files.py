@@ -23,6 +23,7 @@ Record = tuple[str, dict[str, object]]
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
 _BATCH_ROWS = 1024
+_LFS = b"version https://git-lfs.github.com/"
 # Far above what tool calls need, far below where Python's own JSON writer gives up.
 _NESTING = 64
 
@@ -57,8 +58,12 @@ def _file(path: Path, source: str) -> Iterator[Record]:
         raise DataError("the file's format is not known from its name", where=source, fix=fix)
     try:
         with _opened(path) as stream:
-            if not stream.read(1):
+            begins = stream.read(len(_LFS))
+            if not begins:
                 raise DataError("the file is empty", where=source, fix="Give a file with at least one row.")
+            if begins == _LFS:
+                fix = "Fetch the file with `git lfs pull`."
+                raise DataError("this is Git LFS's note of a file, not the file", where=source, fix=fix)
             stream.seek(0)
             yield from reader(stream, source)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -75,6 +80,9 @@ def _jsonl(stream: BufferedIOBase, source: str) -> Iterator[Record]:
     for number, line in _lines(stream, source):
         if line.strip():
             where = f"{source}:{number}"
+            if line.strip() in ("{", "["):
+                fix = "Write each row on one line, as `jq -c .` does, or name a file that is one JSON list .json."
+                raise DataError("a row goes on over several lines", where=where, fix=fix)
             yield where, _object(_load(line.strip(), source, number), where)
 
 
@@ -217,7 +225,10 @@ def _no_twins(pairs: list[tuple[str, object]], where: str) -> dict[str, object]:
 def _object(value: object, where: str) -> dict[str, object]:
     if isinstance(value, dict):
         return value
-    raise DataError("the row is not an object", where=where, fix='Write {"prompt": "...", "completion": "..."}.')
+    fix = 'Write {"prompt": "...", "completion": "..."}.'
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        fix = "If the file is one JSON list of rows, name it .json."
+    raise DataError("the row is not an object", where=where, fix=fix)
 
 
 def _clean(row: dict[str, object], where: str) -> dict[str, object]:

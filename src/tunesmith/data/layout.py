@@ -188,6 +188,7 @@ def to_messages(value: object, name: str, where: str) -> tuple[Message, ...]:
     return messages
 
 
+_FILL = "Fill it in, or leave the row out."
 _MESSAGE_FIX = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
 
 
@@ -281,7 +282,7 @@ def _prompt(value: object, name: str, where: str) -> tuple[Message, ...]:
         return (Message(role="user", content=value),)
     if not isinstance(value, list):
         fix = "Write the prompt as text, or as a list of messages."
-        raise DataError(f"{name!r} is {_kind(value)}, not text", where=where, fix=fix)
+        raise DataError(f"{name!r} is {_kind(value)}, not text", where=where, fix=_FILL if value is None else fix)
     messages = to_messages(value, name, where)
     if messages[-1].role == "assistant":
         raise DataError(f"{name!r} ends with the assistant", where=where, fix="Move that turn to the answer's column.")
@@ -294,7 +295,7 @@ def _answer(value: object, name: str, where: str, prompt: tuple[Message, ...] = 
         return Message(role="assistant", content=value)
     if not isinstance(value, list):
         fix = "Write the answer as text (in quotes), or as a list of one assistant message."
-        raise DataError(f"{name!r} is {_kind(value)}, not text", where=where, fix=fix)
+        raise DataError(f"{name!r} is {_kind(value)}, not text", where=where, fix=_FILL if value is None else fix)
     messages = to_messages(value, name, where)
     if prompt and messages[:-1] == prompt:
         messages = messages[-1:]
@@ -377,7 +378,7 @@ def _parsed_list(value: object) -> object:
 
 def _text(value: object, name: str, where: str) -> str:
     if not isinstance(value, str):
-        fix = "Put it in quotes, or leave the row out." if value is not None else "Fill it in, or leave the row out."
+        fix = _FILL if value is None else "Put it in quotes, or leave the row out."
         raise DataError(f"{name!r} is {_kind(value)}, not text", where=where, fix=fix)
     return value
 

@@ -12,13 +12,16 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 
 from ..errors import DataError
 from ..recipe import DataSpec
 from ..types import Conversation, Item, Message, Row
 from . import tasks
+from .chance import drawn
 from .files import records
 from .layout import PROMPT_ONLY, content_id, find_columns, to_messages, to_row
+from .store import stored_rows
 
 BUILTIN = "builtin:"
 _FIRST_ROWS = 100
@@ -29,13 +32,17 @@ _QUESTION = ("prompt", "question", "query")
 def read(source: str, spec: DataSpec) -> Iterator[Row]:
     """Rows of `source` (.jsonl .json .csv .parquet, also .gz; hub id; `builtin:NAME`), in its order.
 
-    `spec.rows` limits `spec.train` only. Raises DataError with file:line, RecipeError for an unknown built-in task.
+    `spec.rows` limits `spec.train` only: of a file, which may be sorted, so many rows are drawn by `spec.seed`; of a
+    hub set, of which no more is fetched, they are the first. Raises DataError with file:line, RecipeError for an
+    unknown built-in task.
     """
     limit = spec.rows if source == spec.train else None
     if source.startswith(BUILTIN):
         yield from tasks.builtin(source.removeprefix(BUILTIN), limit, seed=0)
-        return
-    yield from islice(_rows(source, spec), limit)
+    elif limit and Path(source).is_file():
+        yield from drawn(stored_rows(_rows(source, spec)), limit, spec.seed)
+    else:
+        yield from islice(_rows(source, spec), limit)
 
 
 def items(rows: Sequence[Conversation]) -> list[Item]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import chain
 from typing import Literal
 
@@ -20,10 +19,11 @@ import numpy as np
 from ..errors import DataError, RecipeError
 from ..recipe import DataSpec
 from ..types import Comparison, Message, Row
+from .chance import in_order, uniform
 from .layout import content_id
 from .read import read
 from .similar import folded, near_pairs
-from .store import Places, View, some, stored_rows
+from .store import Places, some, stored_rows
 
 Unit = Literal["prompt", "answer"]
 
@@ -170,17 +170,6 @@ def content_key(row: Row, unit: Unit) -> str:
     """A hash of all that `unit` names in a row, the same whichever answer was chosen: it decides the row's place."""
     keys = (prompt_key(row),) if unit == "prompt" else shared_keys(row, unit)
     return keys[0] if len(keys) == 1 else content_id(*sorted(keys))
-
-
-def uniform(key: str, seed: int) -> float:
-    """A number in [0, 1) that depends on `key` and `seed` alone."""
-    return int.from_bytes(blake2b(f"{seed}:{key}".encode(), digest_size=6).digest(), "big") / 2**48
-
-
-def in_order(rows: Sequence[Row], seed: int) -> View[Row]:
-    """Rows sorted by a hash of their content and `seed`; equal rows keep the order they came in."""
-    keys = np.fromiter((uniform(f"order:{row.id}", seed) for row in rows), np.float64, len(rows))
-    return some(rows, np.argsort(keys, kind="stable"))
 
 
 def asked_key(turns: Sequence[Message]) -> str:

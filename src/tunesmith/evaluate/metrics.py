@@ -277,7 +277,8 @@ def find_metric(name: str, spec: TaskSpec, root: Path) -> Grade:
             return own_grade(name, root)
     near = difflib.get_close_matches(name, [*TEXT_METRICS, *sorted(MODEL_METRICS)], n=1, cutoff=0.4)
     fix = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(TEXT_METRICS)}, or file.py:function."
-    raise RecipeError(f"unknown metric {name!r}", where="task.metric", fix=fix)
+    where = "task.also" if name in spec.also else "task.metric"
+    raise RecipeError(f"unknown metric {name!r}", where=where, fix=fix)
 
 
 def _grade(metric: Metric) -> Grade:

@@ -26,6 +26,7 @@ def decide(
     tuned: Estimate | None = None,
     prompted: Estimate | None = None,
     cut: float = 0.0,
+    untried: Sequence[str] = (),
 ) -> Verdict:
     """Decide from `contrast` (tuned minus best prompted base) and `forgetting` (rise of general loss, nats per token).
 
@@ -33,8 +34,8 @@ def decide(
     (tuned minus another arm, same metric); forgetting's lower end is not above the limit.
     do not ship: the interval lies on the worse side of 0, or that of any arm in `others` does, or forgetting's lower
     end is above the limit. not shown: anything else, and any contrast on fewer than FEWEST_ROWS items.
-    `tuned` and `prompted`, the two arms' own estimates, and `cut`, the share of the prompted arm's answers that the
-    limit of tokens ended, are only told in the reasons.
+    `tuned` and `prompted`, the two arms' own estimates, `cut`, the share of the prompted arm's answers that the limit
+    of tokens ended, and `untried`, the prompts that could not compete, are only told in the reasons.
     """
     gain, gain_reasons = _judge_gain(contrast)
     if contrast.difference.n >= FEWEST_ROWS:
@@ -43,6 +44,7 @@ def decide(
     if cut > MANY_CUT:
         fix = "Raise task.max_new_tokens if it was about to be right."
         gain_reasons.append(f"The limit of answer tokens cut {cut:.0%} of {contrast.b}'s answers. {fix}")
+    gain_reasons += [f"Not compared: {told}." for told in untried]
     harm, harm_reason = judge_forgetting(forgetting, forgetting_limit)
     decision: Decision = "do not ship" if harm else gain
     return Verdict(decision=decision, reasons=(_compare(contrast, tuned, prompted), *gain_reasons, harm_reason))

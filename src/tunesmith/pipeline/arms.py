@@ -30,11 +30,15 @@ TEACHER = "teacher"  # the arm, and the column of test rows that holds its answe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selected:
-    """The prompted arms that go to the test rows, and which of them did best on validation rows."""
+    """The prompted arms that go to the test rows, and which of them did best on validation rows.
+
+    `untried` says which prompts the model's context has no room for.
+    """
 
     arms: tuple[Prompting, ...]
     best: str
     shots: int
+    untried: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +54,10 @@ def select_prompts(
     recipe: Recipe, model: Model, data: Prepared, asking: Asking, folder: RunFolder, screen: Screen
 ) -> Selected:
     """Try placements of the instructions and numbers of shots on validation rows; keep the best of each kind."""
-    options = [Prompting(name="base"), *_options(recipe, model, data, screen)]
+    fit, untried = _options(recipe, model, data)
+    for told in untried:
+        screen.warn(told)
+    options = [Prompting(name="base"), *fit]
     found = _tried(options, model, data.valid_items, asking, folder, screen)
     sign = 1.0 if higher_is_better(asking.metric) else -1.0
     scores = [sign * value for value in found]
@@ -62,7 +69,7 @@ def select_prompts(
         screen.line(f"{options[place].name}: {_told(options[place])}, {seen}")
     arms = tuple(options[place] for place in chosen)
     few_shot = next((len(arm.shots) for arm in arms if arm.name == "few_shot"), 0)
-    return Selected(arms=arms, best=options[winner].name, shots=few_shot)
+    return Selected(arms=arms, best=options[winner].name, shots=few_shot, untried=untried)
 
 
 def ask(
@@ -115,20 +122,29 @@ def look_up(
     }
 
 
-def _options(recipe: Recipe, model: Model, data: Prepared, screen: Screen) -> list[Prompting]:
-    """Prompted arms that fit the model's context; none where there is nothing to ask."""
+def _options(recipe: Recipe, model: Model, data: Prepared) -> tuple[list[Prompting], tuple[str, ...]]:
+    """Prompted arms that fit the model's context, and of the others why not; none where there is nothing to ask."""
     task, items = recipe.task, [item for item in (*data.valid_items, *data.test_items) if item.prompt]
     if not items:
-        return []
+        return [], ()
     system = takes_system(model.tokenizer)
     found = candidates(task.instructions, task.shots, data.rows, seed=recipe.evaluate.seed, allow_system=system)
-    longest = max(items, key=lambda item: sum(len(message.content) for message in item.prompt))
+    alone = np.array([len(prompt_tokens(item.prompt, model.tokenizer, item.tools)) for item in items])
+    longest = items[int(np.argmax(alone))]
     room = model.vocabulary.context_tokens - data.max_new_tokens
-    fits = [len(prompt_tokens(o.messages(longest), model.tokenizer, longest.tools)) <= room for o in found]
-    for option, fit in zip(found, fits, strict=True):
-        if not fit:
-            screen.warn(f"{option.name}: {_told(option)} left out, longer than the model's context")
-    return [option for option, fit in zip(found, fits, strict=True) if fit]
+    fit: list[Prompting] = []
+    untried: list[str] = []
+    for option in found:
+        # What an option adds is the same for every item, but for a token or two.
+        added = len(prompt_tokens(option.messages(longest), model.tokenizer, longest.tools)) - alone.max()
+        over = int((alone + added > room).sum())
+        if over:
+            seen = f"{over} of {len(items)} held-out rows would be longer than the model's context with them"
+            first = longest.prompt[-1].content[:40]
+            untried.append(f"{option.name}: {_told(option)} left out, as {seen}; the longest of these: {first!r}")
+        else:
+            fit.append(option)
+    return fit, tuple(untried)
 
 
 def _tried(

@@ -19,14 +19,15 @@ from typing import Any
 
 import numpy as np
 
+from ..data.chance import in_order
 from ..data.curate import SPLITS, curate
 from ..data.files import records
 from ..data.layout import PROMPT_ONLY, as_dict, find_columns, is_prompt_only
-from ..data.read import BUILTIN, items, read
-from ..data.split import in_order, split
+from ..data.read import BUILTIN, read, read_choices
+from ..data.split import split
 from ..data.store import stored_rows
 from ..errors import DataError, RecipeError
-from ..evaluate.metrics import MODEL_METRICS
+from ..evaluate.metrics import MODEL_METRICS, find_metric
 from ..evaluate.systems import takes_system
 from ..folder import RunFolder, locked, write_jsonl
 from ..model.endpoint import Endpoint, Question, Reply, answer_all, check_url
@@ -36,7 +37,7 @@ from ..screen import Screen
 from ..types import Conversation, LedgerEntry
 from ..world import World
 from .begin import needs_held_out
-from .prepare import check_reference
+from .prepare import questions as graded_questions
 from .run import run
 from .teacher import (
     Checks,
@@ -80,7 +81,7 @@ class Distillation:
 
 def plan_distillation(recipe: Recipe, screen: Screen, root: Path = Path()) -> Distillation:
     """Read and check everything, and show what collecting will take; asks nothing. Raises TunesmithError."""
-    _check(recipe)
+    _check(recipe, root)
     folder = Path(f"{recipe.out or 'runs/run'}-teacher")
     endpoint = _endpoint(recipe) if is_remote(recipe) else None
     vocabulary = load_vocabulary(recipe.base)
@@ -126,8 +127,8 @@ def distill(plan: Distillation, world: World, screen: Screen) -> RunFolder:
     return run(_student(recipe, folder), world, screen=screen, root=plan.root, taught=facts)
 
 
-def _check(recipe: Recipe) -> None:
-    """Raises RecipeError for a recipe that names no teacher, or nothing to distil."""
+def _check(recipe: Recipe, root: Path) -> None:
+    """Raises RecipeError for a recipe that names no teacher, or nothing to distil, or that `run` would refuse later."""
     spec, prompted = recipe.task.teacher, bool(recipe.task.instructions or recipe.task.teacher.shots)
     if not spec.by:
         fix = "Name a base, a finished run, or an OpenAI-compatible URL that ends in /v1."
@@ -152,6 +153,10 @@ def _check(recipe: Recipe) -> None:
         fix = "Leave task.teacher.temperature out, or raise it."
         raise RecipeError("answers drawn at temperature 0 always agree", where="task.teacher.agreement", fix=fix)
     needs_held_out(recipe)
+    for name in recipe.task.also:
+        find_metric(name, recipe.task, root)
+    if recipe.evaluate.retention:
+        read_choices(recipe.evaluate.retention)
 
 
 def _endpoint(recipe: Recipe) -> Endpoint:
@@ -191,7 +196,7 @@ def _inputs(recipe: Recipe) -> tuple[dict[str, list[Conversation]], Sequence[Led
                 fix = "Leave the tools and their calls out."
                 raise DataError("a teacher is not sent tools", where=row.source, fix=fix)
             if name == "test" and row.completion:
-                check_reference(row, items([row])[0], recipe.task)
+                graded_questions([row], recipe.task)
             rows[name].append(row)
     return rows, ledger
 
@@ -300,10 +305,20 @@ def _write(plan: Distillation, replies: Mapping[str, Reply], screen: Screen) -> 
 
 
 def _why_not(plan: Distillation, name: str, row: Conversation, given: Sequence[Reply]) -> tuple[str, str]:
-    """Why a row is left out. A test row with a reference stays whatever the teacher said: it is judged too."""
+    """Why a row is left out: its answer cannot be learned from, or, of a held-out row, not be a reference.
+
+    A test row with a reference stays whatever the teacher said: it is judged too.
+    """
     if name == "test" and row.completion:
         return "", ""
-    return why_not(row, given, plan.checks, plan.vocabulary)
+    reason = why_not(row, given, plan.checks, plan.vocabulary)
+    if any(reason) or name == "train":
+        return reason
+    try:
+        graded_questions([answered(row, given[0].text.strip())], plan.recipe.task)
+    except DataError as error:
+        return "task.also cannot grade it", error.what
+    return "", ""
 
 
 def _line(plan: Distillation, name: str, row: Conversation, question: Question, reply: Reply) -> dict[str, Any]:

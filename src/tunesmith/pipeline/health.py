@@ -36,7 +36,7 @@ def examine() -> list[list[str]]:
     rows += [[name, *_version(name, needed=True)] for name in PACKAGES]
     rows += [[name, *_version(name, needed=False)] for name in DEMO_PACKAGES]
     try:
-        rows.append(["built-in model", str(builtin_model("smollm2-135m-instruct")), "ready"])
+        rows.append(["built-in model", "ready", str(builtin_model("smollm2-135m-instruct"))])
     except TunesmithError as error:
         rows.append(["built-in model", "missing", str(error)])
     return rows

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from ..data.chance import uniform
 from ..data.curate import SPLITS, Census, census, curate, drop_overlong
 from ..data.read import read
 from ..data.render import render_last
-from ..data.split import Unit, observations, prompt_key, split, uniform
+from ..data.spelled import spelled
+from ..data.split import Unit, observations, prompt_key, split
 from ..errors import DataError, RecipeError
 from ..methods.annotate import Group
 from ..methods.reward import at_the_end
@@ -65,6 +67,7 @@ def prepare_pairs(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> Pai
         ledger += dropped
         within = {row.source for row in short}
         rows[name] = tuple(row for row in found if row.source in within)
+        ledger += spelled(rows[name], vocabulary.tokenizer)
         groups[name] = [group for row, group in zip(found, pairs, strict=True) if row.source in within]
     counted = census(whole, replace(kept, **rows), ledger)
     prepared = Pairs(rows=rows, groups=groups, census=counted, ledger=ledger, unit=whole.unit)
@@ -128,7 +131,7 @@ def halves(rows: Sequence[Comparison], seed: int) -> tuple[list[int], list[int]]
 
 
 def _show(prepared: Pairs, screen: Screen) -> None:
-    show_census(prepared.census, "pairs read", prepared.rows["train"], screen)
+    show_census(prepared.census, prepared.ledger, "pairs read", prepared.rows["train"], screen)
     data = prepared.counts["data"]
     spread = data["tokens_per_row"]
     screen.line(f"{data['train_tokens']:,} training tokens; {spread['p5']:.0f} to {spread['p95']:.0f} tokens an answer")

@@ -17,6 +17,7 @@ from ..data.counts import counts
 from ..data.curate import NEAR_DUPLICATE, SPLITS, Census
 from ..data.read import items, unread
 from ..data.similar import MANY_ROWS, MOST_COMPARED
+from ..data.spelled import SPELLED
 from ..data.store import View, join
 from ..errors import DataError
 from ..evaluate.lookup import MOST_ROWS
@@ -29,6 +30,7 @@ from ..types import Conversation, Example, Item, LedgerEntry, Row
 from .rows import curated
 
 ANSWER_ROOM = 1.25
+OUTLIER = 4  # so many times as long as nearly all answers, one alone decides how long a base may ramble
 PREAMBLE_TOKENS = 128  # for a wordy base to come to its answer, where the metric looks for that inside
 
 
@@ -86,6 +88,10 @@ def prepare(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> Prepared:
     if longest > prepared.max_new_tokens:
         what = f"the longest answer has {longest} tokens, task.max_new_tokens = {prepared.max_new_tokens}"
         screen.warn(f"{what}: no arm can give it in full")
+    usual = float(np.percentile(counts(train.examples).trained, 95))
+    if not recipe.task.max_new_tokens and longest > OUTLIER * usual:
+        what = f"the longest answer has {longest} tokens, 95 % of the answers up to {usual:.0f}"
+        screen.warn(f"{what}: every arm may write {prepared.max_new_tokens} tokens; task.max_new_tokens bounds it")
     if found.census.total.read > MANY_ROWS and spec.near_duplicates < 1:
         compared = f"a row is compared with the {MOST_COMPARED} look-alikes before it in each hash band"
         screen.line(f"over {MANY_ROWS:,} rows: {compared}, so some near-duplicates may stay")
@@ -183,7 +189,7 @@ def answer_room(longest_tokens: int) -> int:
     return 8 * math.ceil(max(1, longest_tokens) * ANSWER_ROOM / 8)
 
 
-def show_census(census: Census, read: str, train: Sequence[Row], screen: Screen) -> None:
+def show_census(census: Census, ledger: Sequence[LedgerEntry], read: str, train: Sequence[Row], screen: Screen) -> None:
     """What became of the rows of each split, and what of them no turn is made of. `read` heads their number."""
     rows = []
     for name, count in census.splits.items():
@@ -193,12 +199,16 @@ def show_census(census: Census, read: str, train: Sequence[Row], screen: Screen)
     screen.table(["split", read, "kept", "left out", "flagged"], rows)
     if NEAR_DUPLICATE in census.total.dropped:
         screen.line("near duplicates: see ledger.jsonl; data.near_duplicates says how alike they are, 1 keeps them")
+    if SPELLED in census.total.flagged:
+        first = next(entry for entry in ledger if entry.reason == SPELLED)
+        meant = "the model reads them as its own marks, in training and when asked; respell what is not meant so"
+        screen.warn(f"rows spell special tokens, such as {first.source} ({first.detail}): {meant}")
     if columns := unread(train):
         screen.line(columns)
 
 
 def _show(prepared: Prepared, screen: Screen) -> None:
-    show_census(prepared.census, "read", prepared.rows, screen)
+    show_census(prepared.census, prepared.ledger, "read", prepared.rows, screen)
     counted = counts(prepared.train)
     tokens, trained = counted.tokens, int(counted.trained.sum())
     asks = any(item.prompt for item in join(prepared.valid_items, prepared.test_items))

@@ -12,6 +12,7 @@ import numpy as np
 from ..data.curate import SPLITS, Census, census, curate
 from ..data.read import items, read
 from ..data.render import prompt_tokens, refuse_unwritten, render_last
+from ..data.spelled import spelled
 from ..data.split import Unit, asked_key, split
 from ..errors import DataError
 from ..model.load import Vocabulary
@@ -61,8 +62,9 @@ def prepare_prompts(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> P
         screen.line(whole.note)
     kept, ledger = curate(whole, spec)
     rows: dict[str, Sequence[Row]] = {name: getattr(kept, name) for name in SPLITS}
+    ledger.extend(spelled(chain.from_iterable(rows.values()), vocabulary.tokenizer))
     counted = census(whole, kept, ledger)
-    show_census(counted, "read", rows["train"], screen)
+    show_census(counted, ledger, "read", rows["train"], screen)
     for row in chain.from_iterable(rows.values()):
         tools = row.tools if isinstance(row, Conversation) else ()
         refuse_unwritten(row.prompt, tools, vocabulary.tokenizer, row.source)

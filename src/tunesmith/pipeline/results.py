@@ -61,6 +61,7 @@ def conclude(recipe: Recipe, found: Findings) -> dict[str, Any]:
             others=[one for arm, one in beside.items() if arm != found.best_prompted and arm not in found.trained],
             tuned=own[found.subject],
             prompted=own[found.best_prompted],
+            untried=found.facts.get("untried", ()),
             cut=float(np.mean(found.measurements[found.best_prompted].scores.get(UNENDED, 0.0))),
         )
     results = {

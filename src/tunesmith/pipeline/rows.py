@@ -30,6 +30,7 @@ from ..data.curate import SPLITS, Census, SplitCount, census, curate, drop_overl
 from ..data.layout import is_prompt_only
 from ..data.read import read
 from ..data.render import render
+from ..data.spelled import spelled
 from ..data.split import split
 from ..data.store import EXAMPLES, LEDGER, ROWS, some, stored_examples
 from ..errors import DataError, FolderError, RecipeError
@@ -136,7 +137,7 @@ def _made(spec: DataSpec, vocabulary: Vocabulary) -> Curated:
 def _rendered(
     rows: Sequence[Conversation], vocabulary: Vocabulary, limit: int, spec: DataSpec
 ) -> tuple[Rendered, Sequence[LedgerEntry]]:
-    """Rows within the limit with their examples, and ledger entries of the others."""
+    """Rows within the limit with their examples; ledger entries of the others, and of what spells special tokens."""
     examples = stored_examples()
     parts, lengths, answers = array("i"), array("i"), array("i")
     for row in rows:
@@ -146,6 +147,7 @@ def _rendered(
         lengths.append(max(len(example.tokens) for example in made))
         answers.append(answer_tokens(made[-1]) if row.prompt else 0)
     kept, entries = drop_overlong(rows, lengths, limit, spec.overlong)
+    entries.extend(spelled(kept, vocabulary.tokenizer))
     fits = np.array(lengths) <= limit
     short = some(examples, np.flatnonzero(np.repeat(fits, parts)))
     found = Rendered(

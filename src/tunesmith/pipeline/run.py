@@ -195,6 +195,7 @@ def _findings(job: Job, before: Before, after: Mapping[str, After], *, seconds: 
         "smallest_difference": _smallest_difference(job),
         "seconds": seconds,
         **({} if job.taught is None else {"distill": job.taught}),
+        **({"untried": list(before.selected.untried)} if before.selected.untried else {}),
     }
     return Findings(
         measurements={**before.measured, **{name: one.measured for name, one in after.items() if one.measured}},

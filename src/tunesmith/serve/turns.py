@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from ..data.split import uniform
+from ..data.chance import uniform
 from .choices import Choice, Pair, Side
 
 REPEATS = 0.1
