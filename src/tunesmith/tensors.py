@@ -23,6 +23,11 @@ class Layout:
     lengths: tuple[int, ...]
     parents: tuple[int, ...]
 
+    @classmethod
+    def alone(cls, *lengths: int) -> Layout:
+        """Segments of which none continues another."""
+        return cls(lengths=lengths, parents=(-1,) * len(lengths))
+
     @property
     def starts(self) -> tuple[int, ...]:
         """Where each segment begins in the stream."""

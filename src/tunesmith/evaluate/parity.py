@@ -254,7 +254,7 @@ def _logits(model: Model, tokens: Sequence[int], last: int) -> Float[np.ndarray,
     row = torch.tensor([list(tokens)], device=model.device)
     if not model.packs:
         return model.hf(row, use_cache=False).logits[0, -last:].float().cpu().numpy()
-    alone = PackedAttention(Layout(lengths=(len(tokens),), parents=(-1,)))
+    alone = PackedAttention(Layout.alone(len(tokens)))
     positions = torch.arange(len(tokens), device=model.device)[None]
     out = model.body(input_ids=row, position_ids=positions, use_cache=False, attend=alone)
     return product(out.last_hidden_state[0, -last:], model.head_weight).float().cpu().numpy()

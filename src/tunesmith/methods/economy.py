@@ -25,6 +25,7 @@ from ..data.pack import pack
 from ..errors import FolderError
 from ..folder import storage_errors, write_bytes
 from ..model.attention import PackedAttention
+from ..model.filler import filled
 from ..model.load import Model
 from ..tensors import Batch, Layout
 from ..train.plan import Reach
@@ -132,8 +133,8 @@ class KeptStates:
             some = rows[start : start + ROWS_AT_ONCE]
             found: dict[bytes, Tensor] = {}
             for batch in pack(some, budget_tokens=self.source.budget_tokens):
-                here = batch.to(self.model.device)
-                attend = PackedAttention(batch.layout)
+                here = filled(batch.to(self.model.device))
+                attend = PackedAttention(here.layout)
                 states = self.blocks.below(self.first, here.tokens, here.positions, attend).float().cpu()
                 for path in paths_of(batch.layout):
                     found[_digest(batch.tokens[path].numpy())] = states[path]

@@ -95,7 +95,7 @@ def probed_blocks(hf: PreTrainedModel) -> Blocks | None:
         return None
     size, device = int(hf.get_input_embeddings().weight.shape[0]), hf.device  # type: ignore[arg-type]
     tokens = torch.randint(0, size, (9,), generator=torch.Generator().manual_seed(1)).to(device)
-    positions, attend = torch.arange(9, device=device), PackedAttention(Layout(lengths=(9,), parents=(-1,)))
+    positions, attend = torch.arange(9, device=device), PackedAttention(Layout.alone(9))
     own = hf.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False, attend=attend)
     answer, own_answer = found.answer(tokens, positions, attend), own.last_hidden_state[0]
     if device.type == "cuda":

@@ -25,6 +25,7 @@ from ..types import Completion, Stop
 from .attention import Attend
 from .cache import Cache, Decode, Prefill
 from .few_rows import kept_twice, wide_answer
+from .filler import filler, with_filler
 from .guesses import Guesses
 from .load import Model
 from .recorded import Recordings, records
@@ -138,18 +139,21 @@ class Live:
         """Compute what every later prompt continues. Only before the first `admit`."""
         self.shared = len(prefix)
         self._learn(prefix.tolist(), self.shared)
-        _forward(self.model, prefix, np.arange(self.shared), Prefill(self.cache, _alone([self.shared]), None))
+        attend = Prefill(self.cache, Layout.alone(self.shared), None)
+        more = filler(self.shared, self.model.device)
+        _forward(self.model, *with_filler(prefix, np.arange(self.shared), attend, more))
 
     @torch.no_grad()
     def admit(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Prefill the rows' prompts, one stream for all, draw their first tokens, and return the rows."""
         counts = [len(row.prompt) for row in rows]
         self.cache.reserve(max(counts))
-        layout = _alone(counts)
+        tokens = np.concatenate([row.prompt for row in rows])
         positions = np.concatenate([np.arange(self.shared, self.shared + count) for count in counts])
-        self.route(rows, counts)
-        prefill = Prefill(self.cache, layout, len(self.rows))
-        hidden = _forward(self.model, np.concatenate([row.prompt for row in rows]), positions, prefill)
+        attend = Prefill(self.cache, Layout.alone(*counts), len(self.rows))
+        more = filler(len(tokens), self.model.device)
+        self.route(rows, [*counts[:-1], counts[-1] + more])
+        hidden = _forward(self.model, *with_filler(tokens, positions, attend, more))
         ends = torch.tensor(np.cumsum(counts) - 1, device=hidden.device)
         self.rows += rows
         self.lengths += counts
@@ -383,10 +387,6 @@ def _shared_prefix(prompts: Sequence[np.ndarray]) -> int:
         differs = np.flatnonzero(prompts[0][:shared] != prompt[:shared])
         shared = int(differs[0]) if len(differs) else shared
     return shared
-
-
-def _alone(lengths: list[int]) -> Layout:
-    return Layout(lengths=tuple(lengths), parents=(-1,) * len(lengths))
 
 
 def _sample_plainly(model: Model, prompt: np.ndarray, how: Sampling, place: int) -> Completion:

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..tensors import Batch, Need, Scores
 from .attention import PackedAttention
 from .blocks import pick
+from .filler import filled, filler
 from .kernels import compiled_on_gpu
 from .linear import add_product, product, wide_product
 from .load import Model
@@ -53,13 +55,15 @@ def hidden_states(model: Model, batch: Batch) -> Float[Tensor, "S D"]:
     """Final hidden state at each scored position."""
     if not model.packs:
         return _hidden_plainly(model, batch)
-    attend = PackedAttention(batch.layout)
+    stream, scored = filled(batch), len(batch.index)
+    attend = PackedAttention(stream.layout)
+    index = F.pad(batch.index, (0, filler(scored, batch.index.device)))
     if model.blocks and not torch.is_grad_enabled():
-        return model.blocks.answer(batch.tokens, batch.positions, attend, batch.index)
+        return model.blocks.answer(stream.tokens, stream.positions, attend, index)[:scored]
     if model.blocks and model.blocks.trains:
-        return model.blocks.train(batch.tokens, batch.positions, attend, batch.index, batch.states)
+        return model.blocks.train(stream.tokens, stream.positions, attend, index, stream.states)[:scored]
     hidden = model.body(
-        input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, attend=attend
+        input_ids=stream.tokens[None], position_ids=stream.positions[None], use_cache=False, attend=attend
     ).last_hidden_state[0]
     return pick(hidden, batch.index)
 

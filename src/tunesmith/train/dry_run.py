@@ -25,6 +25,7 @@ from ..errors import FolderError, TrainingError
 from ..folder import cache_folder, read_json, sha256_file, write_json
 from ..model import score as scoring
 from ..model.attention import PackedAttention
+from ..model.filler import filled
 from ..model.load import Model
 from ..model.score import score
 from ..tensors import Batch, Loss, StepSource
@@ -163,5 +164,5 @@ def _pass(model: Model, batch: Batch, loss: Loss) -> None:
 
 def _pass_below(model: Model, batch: Batch) -> None:
     assert model.blocks
-    batch = batch.to(model.device)
+    batch = filled(batch.to(model.device))
     model.blocks.below(model.blocks.frozen, batch.tokens, batch.positions, PackedAttention(batch.layout))
