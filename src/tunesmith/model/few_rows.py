@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .linear import FEW_ROWS, ONEDNN, WIDE_VECTORS, Linear, met_as, product, steady_product, wide_product
+from .linear import BY_ONEDNN, FEW_ROWS, ONEDNN, WIDE_VECTORS, Linear, met_as, product, steady_product, wide_product
 
 FLOAT16_PRODUCTS = torch.backends.quantized.engine in ("x86", "fbgemm")  # float16 by float32 numbers: FBGEMM alone
 LARGEST_EXPONENT = 15  # float16 holds numbers below 2^16
@@ -68,15 +68,15 @@ def steady_answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M
 
 
 @contextmanager
-def kept_twice(module: nn.Module, room_bytes: float, *, halve: bool) -> Iterator[None]:
-    """Keep the matrices of `module` a second time for `answer` and `steady_answer`, if there is room for that.
+def kept_twice(module: nn.Module, room_bytes: float, *, halve: bool, steady: bool = False) -> Iterator[None]:
+    """Keep the matrices of `module` a second time for `answer`, or `steady_answer`, if there is room and it is faster.
 
     Weights and adapters must not change meanwhile. `halve` takes a second more for 100 M weights.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, Linear) and layer.weight.is_cpu]
     layers = [layer for layer in layers if layer.again is None and met_as(layer.weight) == torch.float32]
     numbers = sum(layer.weight.numel() for layer in layers)
-    reorders = ONEDNN and WIDE_VECTORS and 4 * numbers < room_bytes
+    reorders = (BY_ONEDNN or (steady and ONEDNN and WIDE_VECTORS)) and 4 * numbers < room_bytes
     try:
         for layer in layers:
             if halve and 2 * numbers < room_bytes:

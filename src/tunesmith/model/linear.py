@@ -1,8 +1,9 @@
 """Linear layers whose matrix products run at the machine's rate.
 
-PyTorch sends float32 products on a CPU to MKL, which on AMD processors stays at AVX2. oneDNN, in the same build, uses
-AVX-512 where the processor has it; without it, it is the slower of the two, but for very wide outputs. A few rows go
-faster as columns. Every way is true float32; docs/speed.md has the rates on both kinds of machine.
+PyTorch sends float32 products on a CPU to MKL, which uses AVX-512 on Intel's processors and stays at AVX2 on others.
+oneDNN, in the same build, uses AVX-512 wherever there is any; else it is the slower of the two, but for very wide
+outputs. At AVX2 a few rows go faster as columns. Every way is true float32; docs/speed.md has the rates on each kind of
+machine.
 
 Where few rows meet a matrix again and again it may be kept a second time, in a form made for that (few_rows.py).
 
@@ -20,8 +21,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..processor import cpu_fact
+
 ONEDNN = torch.backends.mkldnn.is_available()
 WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+BY_ONEDNN = ONEDNN and WIDE_VECTORS and cpu_fact("vendor_id") != "GenuineIntel"
 FEW_ROWS, MANY_COLUMNS = 64, 16_384
 SLICE, LARGE_SLICE = 2**19, 2**25  # numbers widened at once: as many as stay in the cache, or as are quickly multiplied
 
@@ -32,9 +36,9 @@ def product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tens
         return x @ weight.to(x.dtype).T
     if weight.is_mkldnn:
         return _onednn(x, weight)
-    if ONEDNN and (WIDE_VECTORS or weight.shape[0] >= MANY_COLUMNS):
+    if BY_ONEDNN or (ONEDNN and weight.shape[0] >= MANY_COLUMNS):
         return _widened(_onednn, x, weight)
-    return _widened(_as_columns if 1 < x.shape[0] <= FEW_ROWS else F.linear, x, weight)
+    return _widened(_as_columns if not WIDE_VECTORS and 1 < x.shape[0] <= FEW_ROWS else F.linear, x, weight)
 
 
 def wide_product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:

@@ -155,7 +155,7 @@ class Engine:
     # On the engine's thread
 
     def _work(self) -> None:
-        with kept_twice(self.model.hf, available_bytes(self.model.device) / 4, halve=True):
+        with kept_twice(self.model.hf, available_bytes(self.model.device) / 4, halve=True, steady=True):
             while self._open or self.waiting or self.live.rows:
                 self._listen(idle=not self.waiting and not self.live.rows)
                 self._drop_unwanted()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..memory import available_bytes, numbers_in
+from ..processor import cpu_fact
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -64,9 +65,9 @@ def resident_bytes(pid: int) -> int:
 
 def machine(device: torch.device) -> dict[str, object]:
     """The machine in words and numbers, for plan.json and results.json."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_fact("model name") or platform.machine()
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_fact("model name") or platform.machine(),
         "device": name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -75,12 +76,6 @@ def machine(device: torch.device) -> dict[str, object]:
         "python": platform.python_version(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _status(key: str, path: Path = _STATUS) -> int:
