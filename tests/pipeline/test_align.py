@@ -252,15 +252,17 @@ def test_a_look_beyond_the_limit_of_distance_is_not_handed_over_and_the_verdict_
     assert not any("kl_limit" in reason for reason in free["verdict"]["reasons"])
 
 
-@pytest.mark.parametrize(("method", "batch"), [("ppo", None), ("grpo", None), ("ppo", 5), ("grpo", 64)])
-def test_compute_is_counted_of_the_answers_that_were_drawn(
+@pytest.mark.parametrize(("method", "batch"), [("ppo", None), ("grpo", None), ("ppo", 5), ("grpo", 64), ("dpo", None)])
+def test_compute_counts_what_was_drawn_and_read_by_reference_and_reward(
     policy: Callable[..., Raw], common: Raw, method: str, batch: int | None
 ) -> None:
     raw = policy(method, train={**common["train"], "batch": batch})
     results = read_json(run(parse_recipe(raw)).results)
     plan, train = results["plan"]["lora"], results["arms"]["lora"]["train"]
     assert plan["measured"]["flops"] == train["flops"]
-    asked = {"ppo": 4 + 2 / 4, "grpo": 4 + 2 / 1}[method]  # per weight and trained token
+    # Per weight and trained token. Without gradients: drawn, values, reference and reward for 4 epochs; all but values;
+    # the reference alone.
+    asked = {"ppo": 4 + 2 * 4 / 4, "grpo": 4 + 2 * 3, "dpo": 4 + 2}[method]
     weights = train["flops"] / asked / train["tokens"]
     assert weights == pytest.approx(load(raw["base"], World()).product_parameters)
 

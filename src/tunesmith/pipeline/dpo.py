@@ -15,7 +15,7 @@ from ..methods.order import EpochSteps
 from ..model.load import Model, Vocabulary
 from ..model.score import score
 from ..train.meter import release_memory
-from ..train.plan import Settings, derive
+from ..train.plan import Reach, Settings, derive
 from .aligned import Aligning, align, reference_of
 from .begin import Place, checked, load_base, one_update
 from .pairs import Pairs, prepare_pairs
@@ -65,6 +65,7 @@ def _begin(place: Place, model: Model, pairs: Pairs) -> Aligning:
         max_steps=recipe.train.max_steps,
         packs=model.packs,
     )
+    read_before = Reach(forwards=len(train) / (source.steps * source.rows_a_step))
     loss = PreferenceLoss(beta=spec.beta, kind=spec.loss, smoothing=spec.smoothing)
     return Aligning(
         model=model,
@@ -73,7 +74,7 @@ def _begin(place: Place, model: Model, pairs: Pairs) -> Aligning:
         loss=loss,
         how=optimization(recipe, settings),
         reference=reference,
-        plan=planned(place, update, model, settings, source, loss),
+        plan=planned(place, update, model, settings, source, loss, read_before),
         watch=lambda: _look(model, loss, valid, settings),
     )
 

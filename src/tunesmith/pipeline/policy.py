@@ -98,7 +98,7 @@ def _begin(place: Place, model: Model, prompts: Prompts, panel: Panel) -> Aligni
     return Aligning(
         model=model,
         shape=shape,
-        plan=_planned(place, model, source, loss, settings),
+        plan=_planned(place, model, source, loss, settings, Reach(forwards=_forwards(recipe) / source.plan.epochs)),
         source=source,
         loss=loss,
         how=_optimization(recipe, settings),
@@ -200,9 +200,15 @@ class _FirstRollout:
         return self.source.row_tokens()
 
 
-def _planned(place: Place, model: Model, source: RolloutSteps, loss: Loss, settings: Settings) -> Plan:
+def _forwards(recipe: Recipe) -> int:
+    """How often an answer goes through a model before it is learned from: drawn, read by the reference, scored."""
+    values, reward = recipe.method == "ppo", ".py:" not in recipe.reward.by
+    return 2 + values + reward
+
+
+def _planned(place: Place, model: Model, source: RolloutSteps, loss: Loss, settings: Settings, reach: Reach) -> Plan:
     """What all rollouts should take, from the first, which is kept and trained on."""
-    update, plan, reach = settings.update, read_json(place.folder.plan), Reach(drawn=1 / source.plan.epochs)
+    update, plan = settings.update, read_json(place.folder.plan)
     if update not in plan["arms"]:
         begun = time.monotonic()
         source(0)

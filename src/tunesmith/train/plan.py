@@ -73,14 +73,15 @@ class Prediction:
 class Reach:
     """How far a run's tokens go: the share that the head predicts from, and through frozen lower blocks (economy).
 
-    `rows` rows of `row_tokens` tokens go through those once; further passes over them begin above. `drawn` is how often
-    a row that a step counts was drawn by the model itself: once for all passes over a rollout.
+    `rows` rows of `row_tokens` tokens go through those once; further passes over them begin above. `forwards` is how
+    often a row went through a whole model without gradients for each of its passes in training: to be drawn, and to be
+    scored by the reference or a reward model.
     """
 
     scored: float = 1.0
     rows: float = math.inf
     row_tokens: float = 0.0
-    drawn: float = 0.0
+    forwards: float = 0.0
 
 
 EVERYWHERE = Reach()
@@ -303,14 +304,14 @@ def flops(model: Model, update: Update, sizes: Sequence[float], examples: float,
     """Useful training FLOPs per weight and token: 6 for full tuning, 4 under adapters (frozen weights get no gradient).
 
     Frozen blocks below all adapters need 2, once a row where their states are kept; the head, its 6 or 4 where scored;
-    answers that the model draws, 2.
+    a row that is drawn, or scored by a reference or a reward model, 2 each time.
     """
     tokens = float(np.mean(sizes)) * examples
     below = tokens - max(examples - reach.rows, 0) * reach.row_tokens
     head, lower = model.head_weight.numel(), model.lower_parameters
     upper = (model.product_parameters - head - lower) * tokens + head * tokens * reach.scored
-    drawing = 2 * model.product_parameters * tokens * reach.drawn
-    return (6 if update == "full" else 4) * upper + 2 * lower * below + drawing
+    beside = 2 * model.product_parameters * tokens * reach.forwards
+    return (6 if update == "full" else 4) * upper + 2 * lower * below + beside
 
 
 def _lowest(model: Model, upper: float, settle: _Settling) -> int:
