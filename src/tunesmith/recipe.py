@@ -180,6 +180,11 @@ class RewardSpec(Spec):
     missing_end: float = Field(default=-1.0, description="score of an answer that never ended or could not be scored")
     seconds: float = Field(default=5.0, gt=0, description="longest time that file.py:function may take for an answer")
 
+    @property
+    def by_function(self) -> bool:
+        """Whether file.py:function scores, and no model."""
+        return ".py:" in self.by
+
 
 class PolicySpec(Spec):
     """How a policy learns from rewards (ppo, grpo). Sources of the values: docs/rlhf.md."""

@@ -268,6 +268,15 @@ def test_compute_counts_what_was_drawn_and_read_by_reference_and_reward(
     assert weights == pytest.approx(load(raw["base"], World()).product_parameters, rel=about)
 
 
+def test_a_reward_that_is_a_function_costs_no_model(policy: Callable[..., Raw], tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("def letters(answer, item):\n    return float(sum(map(ord, answer)))\n", encoding="utf-8")
+    raw = policy("grpo", reward=f"{own}:letters")
+    train = read_json(run(parse_recipe(raw)).results)["arms"]["lora"]["train"]
+    weights = train["flops"] / (4 + 2 * 2) / train["tokens"]
+    assert weights == pytest.approx(load(raw["base"], World()).product_parameters)
+
+
 def test_full_tuning_keeps_a_frozen_copy_as_its_reference(policy: Callable[..., Raw]) -> None:
     folder = run(parse_recipe(policy("ppo", update="full")))
     results = read_json(folder.results)

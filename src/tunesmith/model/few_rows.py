@@ -3,8 +3,8 @@
 A product of few rows takes as long as its matrix takes to be read. Published weights are mostly bfloat16, whose numbers
 float16 holds too once they are scaled by a power of two, so half the bytes say the same: the products are those of the
 float32 matrix, added up in float32. Where that would lose anything, or the rows are more than a few, the second copy is
-float32 in the order that oneDNN likes, with the very sums of the first, and with the adapter in it. docs/speed.md has
-the rates.
+float32 in the order that oneDNN likes, with the very sums of its products of the first, and with the adapter in it;
+where MKL multiplies as fast (linear.py), only for `steady_answer`. docs/speed.md has the rates.
 """
 
 from __future__ import annotations

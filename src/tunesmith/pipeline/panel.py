@@ -80,7 +80,7 @@ def open_panel(recipe: Recipe, root: Path, policy: Model, world: World, stack: E
     spec = recipe.reward
     found: dict[str, Reward] = {}
     judge = spec.judge
-    if ".py:" in spec.by:
+    if spec.by_function:
         worker = stack.enter_context(FunctionReward(spec.by, root, spec.seconds))
         found[FUNCTION] = _by_function(worker, screen)
     elif spec.by:

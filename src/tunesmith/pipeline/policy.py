@@ -123,7 +123,7 @@ def _attach_values(place: Place, model: Model) -> None:
     recipe = place.recipe
     head = attach_value_head(model)
     if recipe.policy.value_start == "reward":
-        if ".py:" in recipe.reward.by:
+        if recipe.reward.by_function:
             fix = "Use policy.value_start: zero with a reward that is a function."
             raise RecipeError("there is no reward model to start from", where="policy.value_start", fix=fix)
         scorer = load_reward(recipe.reward.by, REWARD, place.world)
@@ -201,9 +201,9 @@ class _FirstRollout:
 
 
 def _forwards(recipe: Recipe) -> int:
-    """How often an answer goes through a model before it is learned from: drawn, read by the reference, scored."""
-    values, reward = recipe.method == "ppo", ".py:" not in recipe.reward.by
-    return 2 + values + reward
+    """How often an answer goes through a model before it is learned from."""
+    drawn, reference, values, reward = 1, 1, recipe.method == "ppo", not recipe.reward.by_function
+    return drawn + reference + values + reward
 
 
 def _planned(place: Place, model: Model, source: RolloutSteps, loss: Loss, settings: Settings, reach: Reach) -> Plan:

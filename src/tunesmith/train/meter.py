@@ -65,10 +65,10 @@ def resident_bytes(pid: int) -> int:
 
 def machine(device: torch.device) -> dict[str, object]:
     """The machine in words and numbers, for plan.json and results.json."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_fact("model name") or platform.machine()
+    cpu = cpu_fact("model name") or platform.machine()
     return {
-        "cpu": cpu_fact("model name") or platform.machine(),
-        "device": name,
+        "cpu": cpu,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": available_bytes(torch.device("cpu")),
