@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tunesmith.data.pack import pack
 from tunesmith.methods.sft import CrossEntropy
+from tunesmith.model.linear import products_in
 from tunesmith.model.load import Model, load
 from tunesmith.model.lora import LoraShape, attach_lora
 from tunesmith.model.score import score
@@ -42,21 +43,22 @@ def main() -> None:
     parser.add_argument("--update", choices=["lora", "full"], default="lora")
     parser.add_argument("--rows", choices=list(LENGTHS), default="even")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
     model = load("smollm2-135m-instruct", World())
     if args.update == "lora":
         attach_lora(model.hf, LoraShape(rank=16, alpha=32), head=model.head)
     optimizer = adamw(trainable(model.hf).values(), Optimization(learning_rate=1e-4))
     steps = [rows(step, *LENGTHS[args.rows]) for step in range(args.steps)]
-    take(model, optimizer, steps[0])
+    take(model, optimizer, steps[0], args.precision)
     start = time.perf_counter()
     for step in steps:
-        take(model, optimizer, step)
+        take(model, optimizer, step, args.precision)
     plain = time.perf_counter() - start
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         start = time.perf_counter()
         for step in steps:
-            take(model, optimizer, step)
+            take(model, optimizer, step, args.precision)
         watched = time.perf_counter() - start
     found = Counter[str]()
     for event in profiler.key_averages():
@@ -87,14 +89,15 @@ def rows(seed: int, shortest: int, longest: int) -> list[Example]:
     return found
 
 
-def take(model: Model, optimizer: torch.optim.Optimizer, examples: list[Example]) -> None:
+def take(model: Model, optimizer: torch.optim.Optimizer, examples: list[Example], precision: str) -> None:
     """One step as train/fit.py takes it."""
     loss = CrossEntropy()
     batches = pack(examples, budget_tokens=2048)
     total = sum(loss.count(batch) for batch in batches)
     optimizer.zero_grad(set_to_none=True)
-    for batch in batches:
-        (loss(score(model, batch, loss.needs), batch).sum / total).backward()
+    with products_in(precision):
+        for batch in batches:
+            (loss(score(model, batch, loss.needs), batch).sum / total).backward()
     torch.nn.utils.clip_grad_norm_(list(trainable(model.hf).values()), 1.0)
     optimizer.step()
 

@@ -63,6 +63,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--update", choices=["lora", "full"], default="lora")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--seed", type=int, default=0, help="order of the rows and the adapter's start")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--budget", type=int, default=2048, help="tokens in one forward pass")
@@ -79,16 +81,17 @@ def main() -> None:
         [as_the_peer_scores(row, model) for row in read(args.valid, DataSpec(train=args.valid))] if args.valid else []
     )
     if args.update == "lora":
-        attach_lora(model.hf, LoraShape(rank=args.rank, alpha=2.0 * args.rank), head=model.head)
+        attach_lora(model.hf, LoraShape(rank=args.rank, alpha=2.0 * args.rank, seed=args.seed), head=model.head)
 
     def valid_loss() -> float | None:
         sums, counts = example_losses(model, valid) if valid else (np.zeros(0), np.zeros(0))
         return float(sums.sum() / counts.sum()) if valid else None
 
     before = valid_loss()
-    source = SftSteps(train, batch=args.batch, epochs=1, budget_tokens=args.budget, world=world)
+    source = SftSteps(train, batch=args.batch, epochs=1, budget_tokens=args.budget, world=world, seed=args.seed)
     warm_seconds = warmed(source, model) if world.device.type == "cuda" else 0.0
-    how = Optimization(learning_rate=args.lr or (2e-4 if args.update == "lora" else 2e-5), warmup=0.0)
+    rate = args.lr or (2e-4 if args.update == "lora" else 2e-5)
+    how = Optimization(learning_rate=rate, warmup=0.0, precision=args.precision)
     reset_peak_memory()
     losses = []
     start = time.perf_counter()

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.model.linear import (
+    AMX,
     Linear,
     product,
+    products_in,
     steady_product,
     use_fast_linear,
 )
@@ -111,3 +113,41 @@ def test_a_rows_product_has_the_same_bits_alone_and_among_others(size: tuple[int
     for count in (2, 3, 7, 16, 33, 100, 300):
         assert torch.equal(steady_product(x[:count], weight), alone[:count])
         assert torch.equal(steady_product(x[-count:].flip(0), weight), alone[-count:].flip(0))
+
+
+@pytest.mark.parametrize("rows", [5, 200])
+def test_only_where_it_is_asked_for_a_product_is_of_rounded_numbers(rows: int) -> None:
+    x, weight = randn(rows, 96), randn(64, 96, seed=1)
+    before = product(x, weight)
+    with products_in("bfloat16"):
+        found = product(x, weight)
+    rounds = torch.bfloat16 if AMX else torch.float32
+    exact = x.to(rounds).double() @ weight.to(rounds).double().T
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
+    assert product(x, weight).equal(before)
+    torch.testing.assert_close(before.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-4)
+
+
+def test_a_matrix_stored_in_bfloat16_is_multiplied_as_it_is() -> None:
+    x, slope, weight = randn(40, 96), randn(40, 64, seed=2), randn(64, 96, seed=1).bfloat16()
+    with products_in("bfloat16"):
+        found, back = product(x, weight), product(slope, weight.T)
+    assert found.dtype == back.dtype == torch.float32
+    rounds, near = (torch.bfloat16, 2**-8) if AMX else (torch.float32, 1e-5)
+    one, other = (part.to(rounds).double() for part in (x, slope))
+    torch.testing.assert_close(found.double(), one @ weight.double().T, rtol=near, atol=1e-4)
+    torch.testing.assert_close(back.double(), other @ weight.double(), rtol=near, atol=1e-4)
+
+
+def test_gradients_are_of_rounded_numbers_too() -> None:
+    x, weight, slope = randn(40, 96).requires_grad_(), randn(64, 96, seed=1), randn(40, 64, seed=2)
+    layer = Linear(96, 64, bias=False)
+    layer.weight.data = weight
+    with products_in("bfloat16"):
+        (layer(x) * slope).sum().backward()
+    rounds = torch.bfloat16 if AMX else torch.float32
+    one, two, three = (part.detach().to(rounds).double() for part in (x, weight, slope))
+    assert x.grad is not None
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(x.grad.double(), three @ two, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(layer.weight.grad.double(), three.T @ one, rtol=1e-5, atol=1e-4)

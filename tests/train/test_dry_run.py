@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,10 +45,13 @@ def test_the_same_job_is_timed_once(fresh_model: Model, tiny_examples: list[Exam
     assert len(list(cache.iterdir())) == 1
 
 
-def test_other_rows_another_micro_batch_and_another_update_are_timed_anew(
+def test_other_rows_another_micro_batch_precision_and_update_are_timed_anew(
     fresh_model: Model, tiny_examples: list[Example]
 ) -> None:
+    source = SftSteps(tiny_examples, batch=16, epochs=1.0, budget_tokens=512, world=World())
+    rounded = replace(derive(RECIPE, "full", fresh_model, tiny_examples), precision="bfloat16")
     prediction(fresh_model, tiny_examples)
+    assert not predict(fresh_model, source, CrossEntropy(), rounded).remembered
     assert not prediction(fresh_model, tiny_examples[1:]).remembered
     assert not prediction(fresh_model, tiny_examples, budget=256).remembered
     attach_lora(fresh_model.hf, LoraShape(rank=4, alpha=8.0), head=fresh_model.head)

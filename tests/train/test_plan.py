@@ -16,6 +16,7 @@ import torch
 
 from tunesmith.errors import TrainingError
 from tunesmith.methods.sft import CrossEntropy, SftSteps
+from tunesmith.model.linear import AMX
 from tunesmith.model.load import Model
 from tunesmith.model.lora import LoraShape, attach_lora
 from tunesmith.recipe import Recipe, parse_recipe
@@ -46,9 +47,23 @@ def test_every_derived_value_has_a_reason(update: str, tiny_model: Model, tiny_e
     settings = derive(recipe(), update, tiny_model, tiny_examples)  # type: ignore[arg-type]
     own = {"lora": ["lora.rank"], "full": [], "economy": ["lora.lowest", "lora.rank"]}[update]
     keys = ["train.epochs", "train.batch", f"{update}.learning_rate", *own, "train.microbatch_tokens"]
+    keys += ["train.precision"] if AMX else []
     assert [one.key for one in settings.derived] == keys
     assert all(len(one.reason) > 20 for one in settings.derived)
     assert [one.value for one in settings.derived if one.key == "train.batch"] == [settings.batch]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_products_are_rounded_only_where_asked_for_and_faster_and_the_plan_says_which(
+    fast: bool, tiny_model: Model, tiny_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "AMX", fast)
+    asked = {"precision": "bfloat16"}
+    for method, train, wanted in (("sft", {}, "float32"), ("sft", asked, "bfloat16"), ("dpo", asked, "float32")):
+        settings = derive(recipe(method=method, train=train), "lora", tiny_model, tiny_examples)
+        assert settings.precision == (wanted if fast else "float32")
+        told = [one for one in settings.derived if one.key == "train.precision"]
+        assert [one.value for one in told] == ([settings.precision] if method == "sft" and (fast or train) else [])
 
 
 def test_what_the_recipe_gives_wins_and_says_so(tiny_model: Model, tiny_examples: list[Example]) -> None:
@@ -59,7 +74,8 @@ def test_what_the_recipe_gives_wins_and_says_so(tiny_model: Model, tiny_examples
     lora, full = (derive(given, update, tiny_model, tiny_examples) for update in ("lora", "full"))
     assert (lora.epochs, lora.batch, lora.learning_rate, lora.rank, lora.microbatch_tokens) == (7, 3, 0.2, 5, 99)
     assert (full.learning_rate, full.rank) == (0.1, 0)
-    assert {one.reason for one in (*lora.derived, *full.derived)} == {"from the recipe"}
+    told = {one.reason for one in (*lora.derived, *full.derived) if one.key != "train.precision"}
+    assert told == {"from the recipe"}
 
 
 def test_rules_follow_the_size_of_the_data_and_the_model(tiny_model: Model, tiny_examples: list[Example]) -> None:

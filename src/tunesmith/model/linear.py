@@ -9,12 +9,16 @@ Where few rows meet a matrix again and again it may be kept a second time, in a 
 
 A frozen matrix may be stored in bfloat16 or float16. It is widened to float32 slice by slice as it is multiplied, which
 loses nothing: the sums are those of a matrix stored in float32, bit for bit.
+
+Only where it is asked for (`products_in`) are numbers rounded to bfloat16 before they are multiplied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +30,22 @@ from ..processor import cpu_fact
 ONEDNN = torch.backends.mkldnn.is_available()
 WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 BY_ONEDNN = ONEDNN and WIDE_VECTORS and cpu_fact("vendor_id") != "GenuineIntel"
+AMX = ONEDNN and "amx_bf16" in cpu_fact("flags").split()  # multiplies bfloat16 several times faster than float32
 FEW_ROWS, MANY_COLUMNS = 64, 16_384
 SLICE, LARGE_SLICE = 2**19, 2**25  # numbers widened at once: as many as stay in the cache, or as are quickly multiplied
+
+Precision = Literal["float32", "bfloat16"]
+_precision: ContextVar[Precision] = ContextVar("precision", default="float32")
+
+
+@contextmanager
+def products_in(precision: Precision) -> Iterator[None]:
+    """In bfloat16, products on a CPU with AMX round what they multiply, and add up in float32; others stay exact."""
+    before = _precision.set(precision if AMX else "float32")
+    try:
+        yield
+    finally:
+        _precision.reset(before)
 
 
 def product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
@@ -36,6 +54,8 @@ def product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tens
         return x @ weight.to(x.dtype).T
     if weight.is_mkldnn:
         return _onednn(x, weight)
+    if _precision.get() == "bfloat16":
+        return _rounded(x, weight)
     if BY_ONEDNN or (ONEDNN and weight.shape[0] >= MANY_COLUMNS):
         return _widened(_onednn, x, weight)
     return _widened(_as_columns if not WIDE_VECTORS and 1 < x.shape[0] <= FEW_ROWS else F.linear, x, weight)
@@ -70,6 +90,18 @@ def steady_product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Flo
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _rounded(x: Tensor, weight: Tensor) -> Tensor:
+    """Rounded before they are multiplied; where the matrix is stored in bfloat16, the sums are rounded as well."""
+    if weight.dtype == torch.bfloat16:
+        return _onednn(x.bfloat16(), weight).float()
+    # For this product only: the small ones of attention would take ten times as long.
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+    try:
+        return _widened(_onednn, x, weight)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
 
 def _as_columns(x: Tensor, weight: Tensor) -> Tensor:

@@ -33,14 +33,15 @@ from ..world import World
 from .prepare import fingerprints
 
 _SFT_ALONE = ("task.instructions", "task.shots", "data.rehearse")
+_OF_ONE_MODEL = (*_SFT_ALONE, "train.precision")
 _OF_ROLLOUTS = tuple(f"policy.{key}" for key in PolicySpec.model_fields if key != "temperature")
 _OF_EPOCHS = ("train.epochs", "train.max_steps")
 UNREAD = {
     "sft": ("reward", "policy", "preference"),
     "reward": (*_SFT_ALONE, "reward", "policy", "preference.beta", "preference.loss", "preference.smoothing"),
-    "dpo": (*_SFT_ALONE, *_OF_ROLLOUTS, "preference.halves", "preference.margin", "preference.margin_scale"),
-    "ppo": (*_SFT_ALONE, *_OF_EPOCHS, "preference", "policy.group", "policy.advantage"),
-    "grpo": (*_SFT_ALONE, *_OF_EPOCHS, "preference", "policy.kl_target", "policy.value_start", "policy.mix"),
+    "dpo": (*_OF_ONE_MODEL, *_OF_ROLLOUTS, "preference.halves", "preference.margin", "preference.margin_scale"),
+    "ppo": (*_OF_ONE_MODEL, *_OF_EPOCHS, "preference", "policy.group", "policy.advantage"),
+    "grpo": (*_OF_ONE_MODEL, *_OF_EPOCHS, "preference", "policy.kl_target", "policy.value_start", "policy.mix"),
 }
 
 

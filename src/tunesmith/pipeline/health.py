@@ -11,7 +11,7 @@ import torch
 
 from ..errors import TunesmithError
 from ..model.builtin import builtin_model, cache_folder
-from ..model.linear import product
+from ..model.linear import AMX, product, products_in
 from ..train.meter import machine
 
 PACKAGES = ("torch", "transformers", "safetensors", "datasets", "tokenizers")
@@ -31,7 +31,7 @@ def examine() -> list[list[str]]:
         ],
         ["memory", f"{float(str(facts['memory_bytes'])) / 1e9:.1f} GB", ""],
         ["disk", f"{free / 1e9:.1f} GB free", "a full fine-tuning checkpoint takes 12 bytes a weight"],
-        ["float32 products", *_rates()],
+        *_rates(),
     ]
     rows += [[name, *_version(name, needed=True)] for name in PACKAGES]
     rows += [[name, *_version(name, needed=False)] for name in DEMO_PACKAGES]
@@ -42,10 +42,15 @@ def examine() -> list[list[str]]:
     return rows
 
 
-def _rates() -> tuple[str, str]:
+def _rates() -> list[list[str]]:
     x, weight = torch.randn(768, 576), torch.randn(1536, 576)
     ours, theirs = _rate(lambda: product(x, weight)), _rate(lambda: x @ weight.T)
-    return f"{ours:.0f} GFLOP/s", f"torch's own matmul: {theirs:.0f} GFLOP/s"
+    rows = [["float32 products", f"{ours:.0f} GFLOP/s", f"torch's own matmul: {theirs:.0f} GFLOP/s"]]
+    if AMX:
+        with products_in("bfloat16"):
+            rounded = _rate(lambda: product(x, weight))
+        rows.append(["bfloat16 products", f"{rounded:.0f} GFLOP/s", "for training with train.precision: bfloat16"])
+    return rows
 
 
 def _rate(call: Callable[[], torch.Tensor]) -> float:

@@ -211,6 +211,7 @@ def optimization(recipe: Recipe, settings: Settings) -> Optimization:
         schedule=recipe.train.schedule,
         weight_decay=recipe.train.weight_decay,
         clip=recipe.train.clip,
+        precision=settings.precision,
     )
 
 

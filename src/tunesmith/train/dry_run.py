@@ -26,6 +26,7 @@ from ..folder import cache_folder, read_json, sha256_file, write_json
 from ..model import score as scoring
 from ..model.attention import PackedAttention
 from ..model.filler import filled
+from ..model.linear import Precision, products_in
 from ..model.load import Model
 from ..model.score import score
 from ..tensors import Batch, Loss, StepSource
@@ -62,7 +63,13 @@ def look_at(source: StepSource) -> tuple[Batch, list[Any]]:
 
 
 def dry_run(
-    model: Model, source: StepSource, loss: Loss, heaviest: Batch, shapes: Sequence[Any], spared: float
+    model: Model,
+    source: StepSource,
+    loss: Loss,
+    heaviest: Batch,
+    shapes: Sequence[Any],
+    spared: float,
+    precision: Precision,
 ) -> DryRun:
     """What the steps of a run take, timed or known from an equal one on this machine.
 
@@ -70,16 +77,16 @@ def dry_run(
     where a GPU's memory is too small for the heaviest micro-batch.
     """
     if model.device.type == "cuda":
-        return _timed(model, source, loss, heaviest, spared)
+        return _timed(model, source, loss, heaviest, spared, precision)
     try:
-        place = cache_folder() / "dry_runs" / f"{_name(model, source, loss, shapes, spared)}.json"
+        place = cache_folder() / "dry_runs" / f"{_name(model, source, loss, [precision, shapes, spared])}.json"
     except (FolderError, RuntimeError):  # code without its sources, or no home
-        return _timed(model, source, loss, heaviest, spared)
+        return _timed(model, source, loss, heaviest, spared, precision)
     with suppress(OSError, FolderError, TypeError):  # none yet, or not one of ours
         if time.time() - place.stat().st_mtime < KEPT_SECONDS:
             return DryRun(**read_json(place), remembered=True)
     began = time.monotonic()
-    found = _timed(model, source, loss, heaviest, spared)
+    found = _timed(model, source, loss, heaviest, spared, precision)
     if os.getloadavg()[0] > CROWDED * (os.cpu_count() or 1):  # threads wait for each other: up to ten times as long
         return replace(found, crowded=True)
     if time.monotonic() - began > WORTH_KEEPING_SECONDS:
@@ -95,32 +102,34 @@ def resting_bytes(model: Model) -> int:
     return max(memory_bytes(model.device), held if mapped else 0)
 
 
-def _name(model: Model, source: StepSource, loss: Loss, shapes: Sequence[Any], spared: float) -> str:
-    """A hash of machine, code, model as it is trained, and the layout of its micro-batches."""
+def _name(model: Model, source: StepSource, loss: Loss, further: Sequence[Any]) -> str:
+    """A hash of machine, code, model as it is trained, and `further`: the layout of its micro-batches."""
     code = [Path(__file__), *sorted(Path(scoring.__file__).parent.glob("*.py"))]
     parameters = [[name, p.shape, str(p.dtype), p.requires_grad] for name, p in model.hf.named_parameters()]
     facts = [
         [__version__, *map(sha256_file, code)],
         machine(model.device),
         [model.hf.config.to_dict(), parameters, model.packs, bool(model.blocks and model.blocks.recompute)],
-        [type(loss).__name__, sorted(loss.needs), source.steps, shapes, spared],
+        [type(loss).__name__, sorted(loss.needs), source.steps, *further],
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _timed(model: Model, source: StepSource, loss: Loss, heaviest: Batch, spared: float) -> DryRun:
+def _timed(
+    model: Model, source: StepSource, loss: Loss, heaviest: Batch, spared: float, precision: Precision
+) -> DryRun:
     """The heaviest micro-batch first, which decides on memory, then others by the clock."""
     steps = [source(step) for step in _spread(source.steps, TIMED_STEPS)]
     reset_peak_memory()
     resting = resting_bytes(model)
-    _pass(model, heaviest, loss)
+    _pass(model, heaviest, loss, precision)
     if model.device.type == "cuda":  # kernels are compiled for a second length before the clock starts
-        _pass(model, steps[-1][-1], loss)
+        _pass(model, steps[-1][-1], loss, precision)
     spent = tokens_timed = dry_seconds = 0.0
     for one in _in_turn(steps[1:] or steps):
         if dry_seconds > ENOUGH_SECONDS:
             break
-        took = _seconds(lambda one=one: _pass(model, one, loss))
+        took = _seconds(lambda one=one: _pass(model, one, loss, precision))
         below = _seconds(lambda one=one: _pass_below(model, one)) if spared else 0.0
         dry_seconds += took + below
         spent += took - spared * below
@@ -150,10 +159,11 @@ def _seconds(work: Callable[[], None]) -> float:
     return time.monotonic() - start
 
 
-def _pass(model: Model, batch: Batch, loss: Loss) -> None:
+def _pass(model: Model, batch: Batch, loss: Loss, precision: Precision) -> None:
     batch = batch.to(model.device)
     try:
-        (loss(score(model, batch, loss.needs), batch).sum / max(loss.count(batch), 1)).backward()
+        with products_in(precision):
+            (loss(score(model, batch, loss.needs), batch).sum / max(loss.count(batch), 1)).backward()
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"a micro-batch of {len(batch.tokens):,} tokens does not fit the GPU's memory",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Interrupted, TrainingError
+from ..model.linear import products_in
 from ..model.load import Model
 from ..model.score import score
 from ..tensors import Batch, Loss, StepSource
@@ -137,8 +138,9 @@ def _step(
     values: list[Tensor] = []  # read after the last pass: a GPU need not wait for each
     report: dict[str, float] = {}
     for batch in batches:
-        terms = loss(score(model, batch, loss.needs), batch)
-        (terms.sum / total).backward()
+        with products_in(how.precision):
+            terms = loss(score(model, batch, loss.needs), batch)
+            (terms.sum / total).backward()
         values.append(terms.sum.detach())
         for key, term in terms.report.items():
             report[key] = report.get(key, 0.0) + term

@@ -16,13 +16,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..model.kernels import compiled_on_gpu
+from ..model.linear import Precision
 
 BETAS = (0.9, 0.999)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimization:
-    """AdamW with warm-up, a schedule and clipping; every value resolved."""
+    """AdamW with warm-up, a schedule and clipping; every value resolved. `precision` is that of products."""
 
     learning_rate: float
     warmup: float = 0.05
@@ -31,6 +32,7 @@ class Optimization:
     clip: float = 1.0
     epsilon: float = 1e-8
     checkpoint_seconds: float = 60.0
+    precision: Precision = "float32"
 
 
 def adamw(parameters: Iterable[nn.Parameter], how: Optimization) -> torch.optim.Optimizer:

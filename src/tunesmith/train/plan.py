@@ -15,7 +15,7 @@ import numpy as np
 from ..data.counts import counts
 from ..errors import TrainingError
 from ..memory import available_bytes
-from ..model.linear import Linear, met_as
+from ..model.linear import AMX, Linear, Precision, met_as
 from ..model.load import Model
 from ..model.lora import block_of
 from ..model.stored import FLOAT32
@@ -47,6 +47,7 @@ class Settings:
     rank: int
     microbatch_tokens: int
     recompute: bool
+    precision: Precision
     derived: tuple[Derived, ...]
     lowest: int = 0
 
@@ -139,6 +140,7 @@ def derive(
     longest *= 2 if recipe.method in ("reward", "dpo") else 1
     adapter = 0 if update == "full" else rank * _adapter_parameters_per_rank(model, lowest)
     micro = _micro(model, adapter, longest, spec.microbatch_tokens, settle)
+    precision = _precision(recipe, model, settle)
     recompute = _recompute(model, adapter, int(min(micro, counted.tokens.sum())), settle)
     return Settings(
         update=update,
@@ -148,6 +150,7 @@ def derive(
         rank=rank,
         microbatch_tokens=int(micro),
         recompute=recompute,
+        precision=precision,
         derived=tuple(settle.notes),
         lowest=lowest,
     )
@@ -176,6 +179,7 @@ def derive_policy(recipe: Recipe, update: Update, model: Model, answers: int, lo
         rank=rank,
         microbatch_tokens=int(micro),
         recompute=recompute,
+        precision="float32",
         derived=tuple(settle.notes),
     )
 
@@ -232,6 +236,21 @@ def _recompute(model: Model, adapter_parameters: int, tokens: int, settle: _Sett
     return True
 
 
+def _precision(recipe: Recipe, model: Model, settle: _Settling) -> Precision:
+    """That of training's products on a CPU. Methods that compare what two models say of a token stay exact."""
+    wanted = recipe.train.precision
+    if model.device.type != "cpu" or recipe.method not in ("sft", "reward") or (wanted == "float32" and not AMX):
+        return "float32"
+    if wanted == "float32":
+        why = "exact; bfloat16 rounds what is multiplied and would take about two thirds of the time on this processor"
+    elif AMX:
+        why = "from the recipe; only while training, answers and scores are of float32"
+    else:
+        wanted, why = "float32", "this processor does not multiply bfloat16 (AMX)"
+    settle.notes.append(Derived(key="train.precision", value=wanted, reason=why))
+    return wanted
+
+
 def _slack(model: Model) -> float:
     return GPU_SLACK if model.device.type == "cuda" else HEAP_SLACK
 
@@ -268,7 +287,7 @@ def predict(
     _refuse_too_big(float(expected), fixed, heaviest, longest, model)
     examples = source.steps * source.rows_a_step
     spared = max(examples - reach.rows, 0) * reach.row_tokens / (examples * float(np.mean(sizes)))
-    dry = dry_run(model, source, loss, heaviest, shapes, spared)
+    dry = dry_run(model, source, loss, heaviest, shapes, spared, settings.precision)
     moving = _slack(model) * max(dry.peak_bytes - weights, 0)
     _refuse_too_big(moving, fixed, heaviest, longest, model)
     trained = sum(parameter.numel() for parameter in parameters.values())
