@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tunesmith.folder import manifest_problem
 from tunesmith.methods.sft import CrossEntropy, SftSteps
+from tunesmith.model.linear import Precision
 from tunesmith.model.load import Model, load
 from tunesmith.model.lora import LoraShape, attach_lora
 from tunesmith.train.checkpoint import KEPT, trainable
@@ -65,10 +67,12 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
-def test_five_and_five_steps_are_ten_bit_for_bit(train: Train, tmp_path: Path) -> None:
-    whole, at_once = train(tmp_path / "whole", how=AT_THE_END)
-    train(tmp_path / "parts", until=5)
-    rest, in_parts = train(tmp_path / "parts")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_five_and_five_steps_are_ten_bit_for_bit(train: Train, tmp_path: Path, precision: Precision) -> None:
+    at_the_end, every_step = (replace(how, precision=precision) for how in (AT_THE_END, EVERY_STEP))
+    whole, at_once = train(tmp_path / "whole", how=at_the_end)
+    train(tmp_path / "parts", until=5, how=every_step)
+    rest, in_parts = train(tmp_path / "parts", how=every_step)
     assert [one.step for one in rest] == [6, 7, 8, 9, 10]
     assert rest[0].resumed == "resumed after step 5"
     assert rest[1].resumed == ""
