@@ -96,12 +96,13 @@ def _rounded(x: Tensor, weight: Tensor) -> Tensor:
     """Rounded before they are multiplied; where the matrix is stored in bfloat16, the sums are rounded as well."""
     if weight.dtype == torch.bfloat16:
         return _onednn(x.bfloat16(), weight).float()
-    # For this product only: the small ones of attention would take ten times as long.
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"  # for this product only: the small ones of attention would take ten times as long
     try:
         return _widened(_onednn, x, weight)
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        matmul.fp32_precision = before
 
 
 def _as_columns(x: Tensor, weight: Tensor) -> Tensor:
