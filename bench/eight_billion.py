@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--update", choices=["lora", "full"], default="lora")
     parser.add_argument("--gpu", action="store_true", help="end with 1 where there is none")
     parser.add_argument("--weights", default="auto", help="lora.weights")
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="train.precision")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="lora.precision")
     parser.add_argument("--recompute", action="store_true", help="whatever the plan says")
     parser.add_argument("--tokenizer", default="smollm2-135m-instruct", help="the base whose tokenizer is taken")
     parser.add_argument("--folder", help="where the checkpoint is written, and kept if it is given")
@@ -120,8 +120,8 @@ def _random(size: torch.Size, generator: torch.Generator) -> torch.Tensor:
 
 def trained(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
     """Train a few steps and print what they took."""
-    how = {"batch": args.batch, "microbatch_tokens": args.microbatch, "precision": args.precision}
-    lora = {"rank": 16, "weights": args.weights}
+    how = {"batch": args.batch, "microbatch_tokens": args.microbatch}
+    lora = {"rank": 16, "weights": args.weights, "precision": args.precision}
     recipe = parse_recipe({"base": str(folder), "data": {"train": "-"}, "lora": lora, "train": how})
     start, world = time.perf_counter(), world_from_env()
     model = load(recipe.base, world, recipe.weights)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tunesmith.data.pack import pack
 from tunesmith.methods.sft import CrossEntropy
-from tunesmith.model.linear import products_in
+from tunesmith.model.linear import Precision, products_in
 from tunesmith.model.load import Model, load
 from tunesmith.model.lora import LoraShape, attach_lora
 from tunesmith.model.score import score
@@ -89,7 +89,7 @@ def rows(seed: int, shortest: int, longest: int) -> list[Example]:
     return found
 
 
-def take(model: Model, optimizer: torch.optim.Optimizer, examples: list[Example], precision: str) -> None:
+def take(model: Model, optimizer: torch.optim.Optimizer, examples: list[Example], precision: Precision) -> None:
     """One step as train/fit.py takes it."""
     loss = CrossEntropy()
     batches = pack(examples, budget_tokens=2048)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "tunesmith"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
-MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_KEYS_OF_A_SPEC = 400, 60, 13
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_KEYS_OF_A_SPEC = 400, 60, 12
 
 FORBIDDEN = {
     r"\b(import|from) (c?pickle|dill|cloudpickle|joblib|marshal|shelve)\b": "pickle",

@@ -128,11 +128,6 @@ class TrainSpec(Spec):
     evaluations: int = Field(default=4, ge=1, description="how often to look at the validation rows")
     patience: int = Field(default=3, ge=1, description="stop after this many evaluations without improvement")
     max_steps: int | None = Field(default=None, gt=0, description="stop after this many optimizer steps")
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="sft, reward: bfloat16 rounds what is multiplied in training, faster on a processor with AMX; a "
-        "GPU does so anyway",
-    )
     seed: int = 0
 
 
@@ -154,6 +149,11 @@ class LoraSpec(Spec):
         default="auto",
         description="how the frozen base is kept in memory: as stored takes half where that is bfloat16, with the same "
         "results, and is slower; auto where float32 would take over half of the memory",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="sft, reward: bfloat16 rounds what is multiplied in training, faster on a processor with AMX; a "
+        "GPU does so anyway",
     )
     upper: float = Field(
         default=0.33, gt=0, le=1, description="economy: share of the blocks, from the last, that are adapted"

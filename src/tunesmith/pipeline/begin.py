@@ -33,7 +33,7 @@ from ..world import World
 from .prepare import fingerprints
 
 _SFT_ALONE = ("task.instructions", "task.shots", "data.rehearse")
-_OF_ONE_MODEL = (*_SFT_ALONE, "train.precision")
+_OF_ONE_MODEL = (*_SFT_ALONE, "lora.precision")
 _OF_ROLLOUTS = tuple(f"policy.{key}" for key in PolicySpec.model_fields if key != "temperature")
 _OF_EPOCHS = ("train.epochs", "train.max_steps")
 UNREAD = {

@@ -49,7 +49,7 @@ def _rates() -> list[list[str]]:
     if AMX:
         with products_in("bfloat16"):
             rounded = _rate(lambda: product(x, weight))
-        rows.append(["bfloat16 products", f"{rounded:.0f} GFLOP/s", "for training with train.precision: bfloat16"])
+        rows.append(["bfloat16 products", f"{rounded:.0f} GFLOP/s", "for adapters with lora.precision: bfloat16"])
     return rows
 
 

@@ -140,7 +140,7 @@ def derive(
     longest *= 2 if recipe.method in ("reward", "dpo") else 1
     adapter = 0 if update == "full" else rank * _adapter_parameters_per_rank(model, lowest)
     micro = _micro(model, adapter, longest, spec.microbatch_tokens, settle)
-    precision = _precision(recipe, model, settle)
+    precision = _precision(recipe, update, model, settle)
     recompute = _recompute(model, adapter, int(min(micro, counted.tokens.sum())), settle)
     return Settings(
         update=update,
@@ -236,10 +236,14 @@ def _recompute(model: Model, adapter_parameters: int, tokens: int, settle: _Sett
     return True
 
 
-def _precision(recipe: Recipe, model: Model, settle: _Settling) -> Precision:
-    """That of training's products on a CPU. Methods that compare what two models say of a token stay exact."""
-    wanted = recipe.train.precision
-    if model.device.type != "cpu" or recipe.method not in ("sft", "reward") or (wanted == "float32" and not AMX):
+def _precision(recipe: Recipe, update: Update, model: Model, settle: _Settling) -> Precision:
+    """That of training's products on a CPU.
+
+    Methods that compare what two models say of a token stay exact, and so does full fine-tuning, whose small steps
+    rounding would blur (docs/speed.md).
+    """
+    wanted, rounds = recipe.lora.precision, update != "full" and recipe.method in ("sft", "reward")
+    if model.device.type != "cpu" or not rounds or (wanted == "float32" and not AMX):
         return "float32"
     if wanted == "float32":
         why = "exact; bfloat16 rounds what is multiplied and would take about two thirds of the time on this processor"
@@ -247,7 +251,7 @@ def _precision(recipe: Recipe, model: Model, settle: _Settling) -> Precision:
         why = "from the recipe; only while training, answers and scores are of float32"
     else:
         wanted, why = "float32", "this processor does not multiply bfloat16 (AMX)"
-    settle.notes.append(Derived(key="train.precision", value=wanted, reason=why))
+    settle.notes.append(Derived(key="lora.precision", value=wanted, reason=why))
     return wanted
 
 
