@@ -299,6 +299,8 @@ def test_shipped_recipes_point_editors_at_the_schema() -> None:
         (["run", "--bogus", "x.yaml"], "No such option"),
         (["run"], "recipe"),
         (["evaluate", "runs/x"], "Missing option '--data'"),
+        (["run", "x.yaml", "train.epochs=2"], "--set train.epochs=2"),
+        (["run", "x.yaml", "--train.epochs=2"], "--set train.epochs=2"),
     ],
 )
 def test_wrong_words_are_explained(shell: Shell, words: list[str], said: str) -> None:

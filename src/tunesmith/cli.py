@@ -6,9 +6,10 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -300,6 +301,12 @@ def version() -> None:
     print(__version__)
 
 
+def _bare_overrides(arguments: Sequence[str]) -> list[str]:
+    """Words that look like key=value with a key of recipes, and are not what --set takes."""
+    words = [word.lstrip("-") for before, word in pairwise(arguments) if before != "--set"]
+    return [word for word in words if "=" in word and word.split("=")[0] in known_keys()]
+
+
 def _print_report(run_folder: Path) -> None:
     """The verdict on the terminal; imported when there is one, as matplotlib comes with it."""
     with _importing():
@@ -325,6 +332,8 @@ def main() -> None:
     except SystemExit as end:
         if end.code == INTERRUPTED:
             errors.print("stopped; run the same command to go on")
+        for override in _bare_overrides(sys.argv) if end.code == 2 else ():
+            errors.print(f"A recipe's key is overridden with --set {override}", markup=False, highlight=False)
         raise
     except KeyboardInterrupt:  # before the command itself has begun
         sys.exit(INTERRUPTED)
