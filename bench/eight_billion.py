@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tunesmith.memory import numbers_in
 from tunesmith.methods.sft import CrossEntropy, SftSteps
 from tunesmith.model.load import load, resolve
+from tunesmith.model.merge import write_rounded
 from tunesmith.pipeline.tune import attach
 from tunesmith.recipe import parse_recipe
 from tunesmith.screen import Screen
@@ -57,6 +58,9 @@ def main() -> None:
     parser.add_argument("--update", choices=["lora", "full"], default="lora")
     parser.add_argument("--gpu", action="store_true", help="end with 1 where there is none")
     parser.add_argument("--weights", default="auto", help="lora.weights")
+    parser.add_argument(
+        "--eight-bits", action="store_true", help="rounded as by `tunesmith round`, without measuring it"
+    )
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="lora.precision")
     parser.add_argument("--recompute", action="store_true", help="whatever the plan says")
     parser.add_argument("--tokenizer", default="smollm2-135m-instruct", help="the base whose tokenizer is taken")
@@ -68,6 +72,13 @@ def main() -> None:
         folder = Path(args.folder or Path(scratch) / "model")
         if not folder.is_dir():
             write(args.shape, folder, args.tokenizer)
+        if args.eight_bits:
+            whole, folder = folder, folder.with_name(f"{folder.name}-rounded")
+            if not folder.is_dir():
+                folder.mkdir()
+                write_rounded(whole, folder)
+            if not args.folder:
+                shutil.rmtree(whole)
         trained(args, folder, Path(scratch))
 
 

@@ -15,9 +15,11 @@ from tunesmith.model.attention import PackedAttention
 from tunesmith.model.flash import flash_attention, flashes, meetings
 from tunesmith.model.load import Model, load
 from tunesmith.model.lora import LoraShape, attach_lora
-from tunesmith.model.merge import write_plain
+from tunesmith.model.merge import write_plain, write_rounded
 from tunesmith.model.sample import Sampling, sample
 from tunesmith.model.score import score
+from tunesmith.model.stored import EIGHT_BITS
+from tunesmith.recipe import Weights
 from tunesmith.tensors import Layout
 from tunesmith.train.checkpoint import trainable
 from tunesmith.train.fit import fit
@@ -48,9 +50,9 @@ def apart(found: Tensor, expected: Tensor) -> float:
     return float((found.double().cpu() - expected.double().cpu()).norm() / expected.double().cpu().norm())
 
 
-def both(folder: Path, update: str) -> list[Model]:
+def both(folder: Path, update: str, weights: Weights = "auto") -> list[Model]:
     """On the CPU and on the GPU, ready to be trained."""
-    models = [load(str(folder), World(), "float32"), load(str(folder), GPU)]
+    models = [load(str(folder), World(), "float32"), load(str(folder), GPU, weights)]
     for model in models:
         if update == "lora":
             attach_lora(model.hf, LoraShape(rank=4, alpha=8.0), head=model.head)
@@ -95,6 +97,25 @@ def test_losses_and_gradients_are_those_of_a_cpu(update: str, folder: Path, tiny
     (cpu, cpu_grads), (gpu, gpu_grads) = found
     assert float(gpu) == pytest.approx(float(cpu), rel=1e-2)
     assert max(apart(gpu_grads[name], grad) for name, grad in cpu_grads.items()) < 6e-2  # type: ignore[arg-type]
+
+
+def test_a_base_in_eight_bits_is_that_of_a_cpu(
+    tiny_model_folder: Path, tiny_examples: list[Example], tmp_path: Path
+) -> None:
+    write_rounded(tiny_model_folder, tmp_path)
+    cpu, gpu = both(tmp_path, "lora", "stored")
+    assert gpu.weights.value == EIGHT_BITS
+    assert {p.dtype for p in gpu.hf.parameters()} == {torch.int8, torch.bfloat16, torch.float32}
+    found = []
+    for model in (cpu, gpu):
+        batch = pack(tiny_examples[:40], budget_tokens=2000)[0].to(model.device)
+        loss = CrossEntropy()(score(model, batch), batch).sum
+        loss.backward()
+        found.append((float(loss.detach()), {name: p.grad for name, p in trainable(model.hf).items()}))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-2)
+    assert max(apart(found[1][1][name], grad) for name, grad in found[0][1].items()) < 6e-2  # type: ignore[arg-type]
+    prompts = [example.tokens[:12] for example in tiny_examples[:4]]
+    assert len(sample(gpu, prompts, Sampling(max_new_tokens=8))) == 4
 
 
 @pytest.mark.parametrize("update", ["lora", "full"])

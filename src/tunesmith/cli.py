@@ -186,6 +186,23 @@ def export(
         raise typer.Exit(1)
 
 
+@app.command(name="round")
+def round_(
+    base: Annotated[str, typer.Argument(help="What a recipe's base: takes.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to make.", show_default=False)],
+    quiet: Quiet = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print rounded.json on standard output.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a base rounded to 8 bits a number, which is approximate; adapters then need a quarter of its memory."""
+    with _importing():
+        from .pipeline.rounding import round_base
+
+    record = round_base(base, out, Screen(quiet=quiet or json_))
+    if json_:
+        print(json.dumps(record, indent=1))
+
+
 @app.command()
 def report(run_folder: RunPath, debug: Debug = False) -> None:
     """Write report.html again from the run folder and print the verdict."""

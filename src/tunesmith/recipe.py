@@ -148,7 +148,8 @@ class LoraSpec(Spec):
     weights: Weights = Field(
         default="auto",
         description="how the frozen base is kept in memory: as stored takes half where that is bfloat16, with the same "
-        "results, and is slower; auto where float32 would take over half of the memory",
+        "results, a quarter where `tunesmith round` made it, and is slower; auto where float32 would take over half of "
+        "the memory",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32",

@@ -22,17 +22,18 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
-def layers(shapes: list[tuple[int, int]], adapted: list[bool]) -> list[Dense]:
-    return [
-        Dense(random(out, into, seed=n), random(2 + n, into, seed=10 + n), random(out, 2 + n, seed=20 + n), 0.5 + n)
-        if low_rank
-        else Dense(random(out, into, seed=n), None, None, 0.0)
-        for n, ((out, into), low_rank) in enumerate(zip(shapes, adapted, strict=True))
-    ]
+def layers(shapes: list[tuple[int, int]], adapted: list[bool], stepped: bool = False) -> list[Dense]:
+    """With `stepped`, matrices are frozen, and each of their rows has a step."""
+    parts = []
+    for n, ((out, into), low_rank) in enumerate(zip(shapes, adapted, strict=True)):
+        weight, steps = random(out, into, seed=n), random(out, seed=30 + n).detach() if stepped else None
+        a, b = (random(2 + n, into, seed=10 + n), random(out, 2 + n, seed=20 + n)) if low_rank else (None, None)
+        parts.append(Dense(weight.detach() if stepped else weight, steps, a, b, 0.5 + n if low_rank else 0.0))
+    return parts
 
 
 def apply(layer: Dense, x: Tensor) -> Tensor:
-    y = x @ layer.weight.T
+    y = x @ (layer.weight if layer.steps is None else layer.weight * layer.steps[:, None]).T
     return y if layer.a is None or layer.b is None else y + layer.scale * (x @ layer.a.T @ layer.b.T)
 
 
@@ -50,21 +51,25 @@ def agree(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], inputs: list[
 
 
 def parameters(parts: list[Dense]) -> list[Tensor]:
-    return [tensor for layer in parts for tensor in layer[:3] if tensor is not None]
+    return [
+        part for layer in parts for part in (layer.weight, layer.a, layer.b) if part is not None and part.requires_grad
+    ]
 
 
+@pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("adapted", [[True, True, True], [False, False, False], [True, False, True]])
-def test_the_gated_half_has_the_gradients_of_its_formula(adapted: list[bool]) -> None:
-    x, norm, parts = random(5, 6, seed=7), random(6, seed=8), layers([(9, 6), (9, 6), (6, 9)], adapted)
+def test_the_gated_half_has_the_gradients_of_its_formula(adapted: list[bool], stepped: bool) -> None:
+    x, norm, parts = random(5, 6, seed=7), random(6, seed=8), layers([(9, 6), (9, 6), (6, 9)], adapted, stepped)
     n = normal(x, norm)
     expected = x + apply(parts[2], F.silu(apply(parts[0], n)) * apply(parts[1], n))
     agree((gated(x, norm, EPSILON, parts),), (expected,), [x, norm, *parameters(parts)])
 
 
+@pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("adapted", [[True, True, True], [False, False, False], [False, True, False]])
-def test_the_half_before_attention_has_the_gradients_of_its_formula(adapted: list[bool]) -> None:
+def test_the_half_before_attention_has_the_gradients_of_its_formula(adapted: list[bool], stepped: bool) -> None:
     x, norm = random(5, 6, seed=7), random(6, seed=8)
-    parts = layers([(2 * HEAD, 6), (HEAD, 6), (HEAD, 6)], adapted)
+    parts = layers([(2 * HEAD, 6), (HEAD, 6), (HEAD, 6)], adapted, stepped)
     angle = random(5, 1, HEAD // 2, seed=9).detach()
     cos, sin = (torch.cat([part, part], -1) for part in (angle.cos(), angle.sin()))
     n = normal(x, norm)
@@ -79,9 +84,10 @@ def test_the_half_before_attention_has_the_gradients_of_its_formula(adapted: lis
     agree(found, (turned(q), turned(k), v), [x, norm, *parameters(parts)])
 
 
+@pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("adapted", [True, False])
-def test_the_half_after_attention_has_the_gradients_of_its_formula(adapted: bool) -> None:
-    x, seen, (layer,) = random(5, 6, seed=7), random(5, 8, seed=8), layers([(6, 8)], [adapted])
+def test_the_half_after_attention_has_the_gradients_of_its_formula(adapted: bool, stepped: bool) -> None:
+    x, seen, (layer,) = random(5, 6, seed=7), random(5, 8, seed=8), layers([(6, 8)], [adapted], stepped)
     agree((out_of_attention(x, seen, layer),), (x + apply(layer, seen),), [x, seen, *parameters([layer])])
 
 

@@ -246,8 +246,8 @@ def _dense(module: nn.Module) -> Dense:
     """A layer that is `Block.plain`."""
     assert isinstance(module, Linear)
     if isinstance(module, LoraLinear) and module.enabled:
-        return Dense(module.weight, module.lora_a, module.lora_b, module.scale)
-    return Dense(module.weight, None, None, 0.0)
+        return Dense(module.weight, module.steps, module.lora_a, module.lora_b, module.scale)
+    return Dense(module.weight, module.steps, None, None, 0.0)
 
 
 def linear(module: nn.Module, x: Float[Tensor, "T K"]) -> Float[Tensor, "T N"]:

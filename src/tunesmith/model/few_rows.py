@@ -19,7 +19,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .linear import BY_ONEDNN, FEW_ROWS, ONEDNN, WIDE_VECTORS, Linear, met_as, product, steady_product, wide_product
+from .linear import (
+    BY_ONEDNN,
+    FEW_ROWS,
+    ONEDNN,
+    WIDE_VECTORS,
+    Linear,
+    met_as,
+    product,
+    steady_product,
+    stepped,
+    wide_product,
+)
 
 FLOAT16_PRODUCTS = torch.backends.quantized.engine in ("x86", "fbgemm")  # float16 by float32 numbers: FBGEMM alone
 LARGEST_EXPONENT = 15  # float16 holds numbers below 2^16
@@ -43,10 +54,12 @@ def answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M N"]:
 
     A copy that is a Tensor is in oneDNN's order.
     """
-    again = layer.again if isinstance(layer, Linear) else None
-    if isinstance(again, Halved):
-        return again.product(x) if 0 < len(x) <= FEW_ROWS else product(x, layer.weight)
-    return product(x, layer.weight if again is None or len(x) < 2 else again)
+    again, steps = (layer.again, layer.steps) if isinstance(layer, Linear) else (None, None)
+    if isinstance(again, Halved) and 0 < len(x) <= FEW_ROWS:
+        return again.product(x)
+    if isinstance(again, Tensor) and len(x) > 1:
+        return product(x, again)
+    return stepped(product(x, layer.weight), steps)
 
 
 def meets_whole(x: Float[Tensor, "M K"], layer: Linear) -> bool:
@@ -61,10 +74,10 @@ def wide_answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M N
 
 def steady_answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M N"]:
     """x W^T of the layer without its bias; a row's result does not depend on how many others there are."""
-    again = layer.again if isinstance(layer, Linear) and len(x) else None
+    again, steps = (layer.again, layer.steps) if isinstance(layer, Linear) and len(x) else (None, None)
     if isinstance(again, Halved):
         return again.product(x)
-    return steady_product(x, layer.weight if again is None else again)
+    return stepped(steady_product(x, layer.weight), steps) if again is None else steady_product(x, again)
 
 
 @contextmanager
@@ -80,7 +93,7 @@ def kept_twice(module: nn.Module, room_bytes: float, *, halve: bool, steady: boo
     try:
         for layer in layers:
             if halve and 2 * numbers < room_bytes:
-                layer.again = _halved(layer.weight)
+                layer.again = _halved(layer.frozen)
             if layer.again is None and reorders and layer.weight.dtype == torch.float32:
                 layer.again = torch.ops.mkldnn._reorder_linear_weight(layer.whole, FEW_ROWS)
         yield

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .linear import met_as
+
 TOLERANCE, BFLOAT16_TOLERANCE = 1e-5, 3e-2
 _GATED = {"gate_proj", "up_proj", "down_proj"}
 
@@ -82,8 +84,9 @@ def use_fused(module: nn.Module) -> None:
         if fused is None:
             continue
         like = next(child.parameters())
-        probe = torch.randn(2, 3, like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like)
-        near = TOLERANCE if like.dtype == torch.float32 else BFLOAT16_TOLERANCE
+        probe = torch.randn(2, 3, like.shape[-1], generator=torch.Generator().manual_seed(0))
+        probe = probe.to(like.device, met_as(like))
+        near = TOLERANCE if probe.dtype == torch.float32 else BFLOAT16_TOLERANCE
         own, before = child.__class__, child(probe)
         child.__class__ = fused
         if not torch.allclose(child(probe), before, rtol=near, atol=near):

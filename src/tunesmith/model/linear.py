@@ -8,7 +8,9 @@ machine.
 Where few rows meet a matrix again and again it may be kept a second time, in a form made for that (few_rows.py).
 
 A frozen matrix may be stored in bfloat16 or float16. It is widened to float32 slice by slice as it is multiplied, which
-loses nothing: the sums are those of a matrix stored in float32, bit for bit.
+loses nothing: the sums are those of a matrix stored in float32, bit for bit. Or it holds whole numbers of 8 bits, with
+a step for each row (eight_bits.py): products are of whole numbers, and the steps are multiplied with what has a number
+for each row, the output or its gradient.
 
 Only where it is asked for (`products_in`) are numbers rounded to bfloat16 before they are multiplied.
 """
@@ -22,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from ..processor import cpu_fact
@@ -48,7 +50,7 @@ def products_in(precision: Precision) -> Iterator[None]:
         _precision.reset(before)
 
 
-def product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
+def product(x: Float[Tensor, "M K"], weight: Num[Tensor, "N K"]) -> Float[Tensor, "M N"]:
     """x @ weight.T without autograd. `weight` may be a transposed view, stored in fewer bits than x, or reordered."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or not x.shape[0]:
         return x @ weight.to(x.dtype).T
@@ -61,14 +63,19 @@ def product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tens
     return _widened(_as_columns if not WIDE_VECTORS and 1 < x.shape[0] <= FEW_ROWS else F.linear, x, weight)
 
 
-def wide_product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
+def stepped(y: Float[Tensor, "M N"], steps: Float[Tensor, "N"] | None) -> Float[Tensor, "M N"]:
+    """y with each column times the step of the matrix's row that it belongs to; y itself where there are no steps."""
+    return y if steps is None else y * steps
+
+
+def wide_product(x: Float[Tensor, "M K"], weight: Num[Tensor, "N K"]) -> Float[Tensor, "M N"]:
     """`product` whose sums are given as they are added up, in float32 also where a GPU multiplies in bfloat16."""
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, weight.to(x.dtype).T, out_dtype=torch.float32)
     return product(x, weight)
 
 
-def add_product(y: Float[Tensor, "M N"], x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> None:
+def add_product(y: Float[Tensor, "M N"], x: Float[Tensor, "M K"], weight: Num[Tensor, "N K"]) -> None:
     """y += x @ weight.T, on a GPU within the product."""
     if y.is_cuda:
         y.addmm_(x, weight.to(x.dtype).T)
@@ -76,7 +83,7 @@ def add_product(y: Float[Tensor, "M N"], x: Float[Tensor, "M K"], weight: Float[
         y += product(x, weight)
 
 
-def steady_product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
+def steady_product(x: Float[Tensor, "M K"], weight: Num[Tensor, "N K"]) -> Float[Tensor, "M N"]:
     """`product` in which, in float32 on a CPU, a row's result does not depend on how many others there are.
 
     oneDNN adds up in the same order for two rows and more, and a single one is given a twin.
@@ -119,11 +126,12 @@ def _widened(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Te
 
 
 def met_as(weight: Tensor) -> torch.dtype:
-    """The type in which `weight` is multiplied: on a CPU float32, however it is stored."""
-    return torch.float32 if weight.device.type == "cpu" else weight.dtype
+    """The type in which `weight` is multiplied: on a CPU float32, however it is stored; on a GPU never 8 bits."""
+    narrow = torch.bfloat16 if weight.dtype == torch.int8 else weight.dtype
+    return torch.float32 if weight.device.type == "cpu" else narrow
 
 
-def weight_slope(weight: Float[Tensor, "N K"], slope: Float[Tensor, "M N"], x: Float[Tensor, "M K"]) -> Tensor | None:
+def weight_slope(weight: Num[Tensor, "N K"], slope: Float[Tensor, "M N"], x: Float[Tensor, "M K"]) -> Tensor | None:
     """slope.T @ x; on a GPU added to the gradient that `weight` has already, within the product, and then None."""
     if weight.is_cuda and weight.grad is not None:
         weight.grad.addmm_(slope.T, x)
@@ -132,44 +140,55 @@ def weight_slope(weight: Float[Tensor, "N K"], slope: Float[Tensor, "M N"], x: F
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + b, with dX = dY W and dW = dY^T X."""
+    """y = x W^T + b, with dX = dY W and dW = dY^T X. `steps` are a frozen matrix's in 8 bits."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, steps: Tensor | None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(flat if weight.requires_grad else None, weight)
+        ctx.save_for_backward(flat if weight.requires_grad else None, weight, steps)
         ctx.has_bias = bias is not None
-        y = product(flat, weight)
+        y = stepped(product(flat, weight), steps)
         if bias is not None:
             y += bias
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, steps = ctx.saved_tensors
         gradient = grads[0].reshape(-1, weight.shape[0])
-        need_x, need_weight, need_bias = ctx.needs_input_grad
-        dx = product(gradient, weight.T).view(*grads[0].shape[:-1], weight.shape[1]) if need_x else None
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        into = (*grads[0].shape[:-1], weight.shape[1])
+        dx = product(stepped(gradient, steps), weight.T).view(into) if need_x else None
         dw = product(gradient.T, x.T) if need_weight else None
         db = gradient.sum(0) if ctx.has_bias and need_bias else None
-        return dx, dw, db
+        return dx, dw, db, None
 
 
 class Linear(nn.Linear):
-    """nn.Linear on `product`; same parameters, same names. `again` is the weight once more (few_rows.py)."""
+    """nn.Linear on `product`; same parameters, same names. `again` is the weight once more (few_rows.py).
+
+    Where there are `steps` [out], `weight` holds whole numbers of 8 bits, each a multiple of its row's step.
+    """
 
     again: Any = None
+    steps: Tensor | None = None
+
+    @property
+    def frozen(self) -> Tensor:
+        """The base's matrix; in float32 where it is kept in 8 bits."""
+        weight = self.weight.detach()
+        return weight if self.steps is None else weight * self.steps[:, None].float()
 
     @property
     def whole(self) -> Tensor:
         """The matrix that the layer multiplies with."""
-        return self.weight.detach()
+        return self.frozen
 
     def forward(self, input: Tensor) -> Tensor:
         """y = x W^T + b."""
-        if input.device.type != "cpu" or input.dtype != torch.float32:
+        if self.steps is None and (input.device.type != "cpu" or input.dtype != torch.float32):
             return F.linear(input, self.weight, self.bias)
-        return _Linear.apply(input, self.weight, self.bias)  # type: ignore[return-value]
+        return _Linear.apply(input, self.weight, self.bias, self.steps)  # type: ignore[return-value]
 
 
 class Embedding(nn.Embedding):

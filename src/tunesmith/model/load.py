@@ -39,6 +39,7 @@ from ..world import World
 from .attention import NAME, register
 from .blocks import Blocks
 from .builtin import builtin_model, cache_folder
+from .eight_bits import keep_in_eight_bits
 from .fused import use_fused
 from .gguf import convert_gguf
 from .linear import Linear, use_fast_linear, widen_others
@@ -47,7 +48,7 @@ from .merge import merge_files
 from .once import made_once
 from .pinned import check_base
 from .probe import apart, context_of, hold_still, probe, probed_blocks
-from .stored import FLOAT32, kept_as
+from .stored import EIGHT_BITS, FLOAT32, kept_as
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 _RUNS_CODE = {"auto_map", "trust_remote_code", "attn_implementation"}
@@ -234,16 +235,16 @@ def load_vocabulary(base: str) -> Vocabulary:
 def load(base: str, world: World, weights: Weights = "auto") -> Model:
     """Load a base model for training on `world.device`. Raises ModelError with the file to look at.
 
-    What `weights` keeps in fewer bits than float32 on a CPU is mapped from its files and must stay frozen.
+    What `weights` keeps in 16 bits on a CPU is mapped from its files and must stay frozen, as what it keeps in 8 must.
     """
     vocabulary = load_vocabulary(base)
     register()
     try:
-        kept = _on_gpu() if world.device.type == "cuda" else kept_as(vocabulary.folder, weights, world)
+        kept = kept_as(vocabulary.folder, weights, world)
         with without_progress_bars():
             hf, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 vocabulary.folder,
-                dtype=kept.value,
+                dtype="float16" if kept.value == EIGHT_BITS else kept.value,
                 attn_implementation=NAME,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -253,10 +254,12 @@ def load(base: str, world: World, weights: Weights = "auto") -> Model:
         raise _unreadable(vocabulary.folder, error) from error
     if report["missing_keys"]:
         raise _unreadable(vocabulary.folder, f"the weights lack {min(report['missing_keys'])}")
-    hf.to(world.device)
     hf.eval()
     freeze_beside(hf)
     use_fast_linear(hf)
+    if kept.value == EIGHT_BITS:
+        keep_in_eight_bits(hf, vocabulary.folder, world.device)
+    hf.to(world.device)
     if world.device.type == "cpu" and kept.value != "float32":
         widen_others(hf)
     use_fused(hf)
@@ -272,10 +275,6 @@ def load(base: str, world: World, weights: Weights = "auto") -> Model:
     blocks = probed_blocks(hf) if packs else None
     about = {"weights": kept, "notes": tuple(notes), "sharing": world.sharing}
     return Model(hf=hf, vocabulary=vocabulary, packs=packs, blocks=blocks, **about)
-
-
-def _on_gpu() -> Derived:
-    return Derived(key="lora.weights", value="bfloat16", reason="the type that a GPU multiplies")
 
 
 def _unreadable(folder: Path, error: Exception | str) -> ModelError:

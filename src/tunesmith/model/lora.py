@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from .few_rows import answer, meets_whole
-from .linear import Linear, met_as, product
+from .linear import Linear, met_as, product, stepped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,29 +45,38 @@ class _LoraLinear(torch.autograd.Function):
     """dX = dY W + s (dY B) A,  dA = s (dY B)^T X,  dB = s dY^T (X A^T). A and B stay float32 under a bfloat16 W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        steps: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+    ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         a, b = a.to(x.dtype), b.to(x.dtype)
         low = product(flat, a)
-        y = product(flat, weight).addmm_(low, b.T, alpha=scale)
+        y = stepped(product(flat, weight), steps).addmm_(low, b.T, alpha=scale)
         if bias is not None:
             y += bias
-        ctx.save_for_backward(flat, weight, a, b, low)
+        ctx.save_for_backward(flat, weight, steps, a, b, low)
         ctx.scale = scale
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, low = ctx.saved_tensors
+        x, weight, steps, a, b, low = ctx.saved_tensors
         gradient = grads[0].reshape(-1, weight.shape[0])
         gradient_low = product(gradient, b.T).mul_(ctx.scale)
         da = product(gradient_low.T, x.T)
         db = product(gradient.T, low.T).mul_(ctx.scale)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = product(gradient, weight.T).addmm_(gradient_low, a)
+            dx = product(stepped(gradient, steps), weight.T).addmm_(gradient_low, a)
             dx = dx.view(*grads[0].shape[:-1], weight.shape[1])
-        return dx, None, None, da.float(), db.float(), None
+        return dx, None, None, None, da.float(), db.float(), None
 
 
 class LoraLinear(Linear):
@@ -82,16 +91,16 @@ class LoraLinear(Linear):
         """W x + scale B A x."""
         if not self.enabled:
             return super().forward(input)
-        return _LoraLinear.apply(input, self.weight, self.bias, self.lora_a, self.lora_b, self.scale)  # type: ignore[return-value]
+        low_rank = (self.lora_a, self.lora_b, self.scale)
+        return _LoraLinear.apply(input, self.weight, self.bias, self.steps, *low_rank)  # type: ignore[return-value]
 
     @property
     def whole(self) -> Tensor:
         """W + scale B A, in the type that it is multiplied in; W where the adapter is off."""
-        weight = self.weight.detach()
         if not self.enabled:
-            return weight
+            return self.frozen
         update = product(self.lora_b.detach(), self.lora_a.detach().T) * self.scale
-        return (weight.float() + update).to(met_as(weight))
+        return (self.frozen.float() + update).to(met_as(self.weight))
 
     def answer(self, x: Float[Tensor, "T K"]) -> Float[Tensor, "T N"]:
         """W x + scale B A x, without gradients and without a bias."""

@@ -4,9 +4,9 @@
     out of attention    x + W_o seen
     gated layer         x + W_down (silu(W_gate n) * W_up n)                   n = norm(x)
 
-Every W is a matrix, or a frozen matrix and an adapter W + s B A (lora.py has its gradient). What is cheap to make again
-from x is not kept for the backward pass: neither n nor the product of gate and up. Adapters that read the same n are
-multiplied together.
+Every W is a matrix, or a frozen matrix and an adapter W + s B A (lora.py has its gradient); a frozen one may be in 8
+bits with a step for each row (linear.py). What is cheap to make again from x is not kept for the backward pass: neither
+n nor the product of gate and up. Adapters that read the same n are multiplied together.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .kernels import compiled_on_gpu
-from .linear import add_product, product, weight_slope
+from .linear import add_product, product, stepped, weight_slope
 
 
 class Dense(NamedTuple):
     """y = W x + scale B A x, without the second part where there is no adapter."""
 
     weight: Tensor
+    steps: Tensor | None
     a: Tensor | None
     b: Tensor | None
     scale: float
@@ -128,7 +129,7 @@ def _fan(x: Tensor, layers: Sequence[Dense]) -> tuple[list[Tensor], Tensor | Non
     """What layers that read the same x give, and the A x of all their adapters side by side."""
     adapters = [layer.a for layer in layers if layer.a is not None]
     low = product(x, torch.cat(adapters)) if adapters else None
-    out = [product(x, layer.weight) for layer in layers]
+    out = [stepped(product(x, layer.weight), layer.steps) for layer in layers]
     for y, layer, place in zip(out, layers, _places(layers), strict=True):
         if low is not None and layer.b is not None:
             y.addmm_(low[:, place], layer.b.T.to(y.dtype), alpha=layer.scale)
@@ -138,10 +139,10 @@ def _fan(x: Tensor, layers: Sequence[Dense]) -> tuple[list[Tensor], Tensor | Non
 def _fan_back(
     x: Tensor, low: Tensor | None, layers: Sequence[Dense], slopes: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """From the gradients of what `_fan` gave to that of x, and to those of each layer's W, A, B and (None) scale."""
-    dx = product(slopes[0], layers[0].weight.T)
+    """From the gradients of what `_fan` gave to that of x, and to those of each layer's parts in `Dense`."""
+    dx = product(stepped(slopes[0], layers[0].steps), layers[0].weight.T)
     for layer, slope in zip(layers[1:], slopes[1:], strict=True):
-        add_product(dx, slope, layer.weight.T)
+        add_product(dx, stepped(slope, layer.steps), layer.weight.T)
     # Slices of `low` are copied: oneDNN takes a hundred times longer for rows with gaps between them.
     of_layers: list[Tensor | None] = []
     d_a: Tensor | None = None
@@ -155,7 +156,7 @@ def _fan_back(
         adapted = d_a is not None and low is not None and layer.b is not None
         # Not slope^T low, for which oneDNN would copy slope^T.
         d_b = product(low[:, place].T, slope.T).mul_(layer.scale).T if adapted else None  # type: ignore[index]
-        of_layers += [d_weight, d_a[place] if adapted else None, d_b, None]  # type: ignore[index]
+        of_layers += [d_weight, None, d_a[place] if adapted else None, d_b, None]  # type: ignore[index]
     return dx, of_layers
 
 
@@ -225,13 +226,14 @@ def _flat(layers: Sequence[Dense]) -> list[Any]:
 
 
 def _dense(flat: Sequence[Any]) -> list[Dense]:
-    return [Dense(*flat[at : at + 4]) for at in range(0, len(flat), 4)]
+    size = len(Dense._fields)
+    return [Dense(*flat[at : at + size]) for at in range(0, len(flat), size)]
 
 
 def _tensors(layers: Sequence[Dense]) -> list[Tensor | None]:
-    return [part for layer in layers for part in layer[:3]]
+    return [part for layer in layers for part in layer[:-1]]
 
 
 def _saved(tensors: Sequence[Any], scales: Sequence[float]) -> list[Dense]:
     parts = iter(tensors)
-    return [Dense(weight, a, b, scale) for weight, a, b, scale in zip(parts, parts, parts, scales, strict=True)]
+    return [Dense(*of_one) for of_one in zip(parts, parts, parts, parts, scales, strict=True)]

@@ -97,7 +97,7 @@ def dry_run(
 
 def resting_bytes(model: Model) -> int:
     """What is held before a pass. Weights mapped from files count whole, of which the system may have dropped pages."""
-    mapped = [p for p in model.hf.parameters() if p.dtype != torch.float32 and p.device.type == "cpu"]
+    mapped = [p for p in model.hf.parameters() if p.dtype in (torch.bfloat16, torch.float16) and p.device.type == "cpu"]
     held = own_bytes() + sum(p.numel() * p.element_size() for p in mapped)
     return max(memory_bytes(model.device), held if mapped else 0)
 
