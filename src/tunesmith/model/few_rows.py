@@ -28,7 +28,7 @@ from .linear import (
     met_as,
     product,
     steady_product,
-    stepped,
+    stepped_,
     wide_product,
 )
 
@@ -59,7 +59,7 @@ def answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M N"]:
         return again.product(x)
     if isinstance(again, Tensor) and len(x) > 1:
         return product(x, again)
-    return stepped(product(x, layer.weight), steps)
+    return stepped_(product(x, layer.weight), steps)
 
 
 def meets_whole(x: Float[Tensor, "M K"], layer: Linear) -> bool:
@@ -77,7 +77,7 @@ def steady_answer(x: Float[Tensor, "M K"], layer: nn.Linear) -> Float[Tensor, "M
     again, steps = (layer.again, layer.steps) if isinstance(layer, Linear) and len(x) else (None, None)
     if isinstance(again, Halved):
         return again.product(x)
-    return stepped(steady_product(x, layer.weight), steps) if again is None else steady_product(x, again)
+    return stepped_(steady_product(x, layer.weight), steps) if again is None else steady_product(x, again)
 
 
 @contextmanager

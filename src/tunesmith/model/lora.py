@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from .few_rows import answer, meets_whole
-from .linear import Linear, met_as, product, stepped
+from .linear import Linear, met_as, product, stepped, stepped_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class _LoraLinear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         a, b = a.to(x.dtype), b.to(x.dtype)
         low = product(flat, a)
-        y = stepped(product(flat, weight), steps).addmm_(low, b.T, alpha=scale)
+        y = stepped_(product(flat, weight), steps).addmm_(low, b.T, alpha=scale)
         if bias is not None:
             y += bias
         ctx.save_for_backward(flat, weight, steps, a, b, low)

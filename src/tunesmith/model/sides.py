@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .kernels import compiled_on_gpu
-from .linear import add_product, product, stepped, weight_slope
+from .linear import add_product, product, stepped, stepped_, weight_slope
 
 
 class Dense(NamedTuple):
@@ -129,7 +129,7 @@ def _fan(x: Tensor, layers: Sequence[Dense]) -> tuple[list[Tensor], Tensor | Non
     """What layers that read the same x give, and the A x of all their adapters side by side."""
     adapters = [layer.a for layer in layers if layer.a is not None]
     low = product(x, torch.cat(adapters)) if adapters else None
-    out = [stepped(product(x, layer.weight), layer.steps) for layer in layers]
+    out = [stepped_(product(x, layer.weight), layer.steps) for layer in layers]
     for y, layer, place in zip(out, layers, _places(layers), strict=True):
         if low is not None and layer.b is not None:
             y.addmm_(low[:, place], layer.b.T.to(y.dtype), alpha=layer.scale)
