@@ -269,6 +269,15 @@ def test_doctor_lists_the_machine(shell: Shell) -> None:
     assert "float32 products" in done.out
 
 
+def test_round_says_what_it_cost_and_refuses_to_write_over_something(shell: Shell, tiny_model_folder: Path) -> None:
+    done = shell("round", tiny_model_folder, "--out", shell.home / "rounded", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["general_loss"]["change"]["n"] > 0
+    done = shell("round", tiny_model_folder, "--out", shell.home / "rounded")
+    assert done.code == 2
+    assert "Give another folder as --out" in done.err
+
+
 def test_what_a_command_leaves_is_still_collected(shell: Shell) -> None:
     assert shell("check", "nowhere.yaml").code == 2
     assert gc.isenabled()

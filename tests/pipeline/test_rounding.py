@@ -39,10 +39,24 @@ def test_what_rounding_cost_is_written_beside_it(rounded: Path, tiny_model_folde
     assert not manifest_problem(rounded)
 
 
+def test_whoever_loads_it_is_told_that_it_is_approximate(rounded: Path, tiny_model_folder: Path) -> None:
+    for weights in ("float32", "stored"):
+        assert any("approximate" in note for note in load(str(rounded), World(), weights).notes)
+    assert not any("approximate" in note for note in load(str(tiny_model_folder), World()).notes)
+
+
 def test_a_folder_that_is_there_is_left_alone(rounded: Path, tiny_model_folder: Path) -> None:
     with pytest.raises(FolderError, match="exists already"):
         round_base(str(tiny_model_folder), rounded, QUIET)
     assert not manifest_problem(rounded)
+
+
+def test_what_a_killed_command_left_is_deleted_by_the_next(tiny_model_folder: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".out.1234-abcd.tmp"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half of it")
+    round_base(str(tiny_model_folder), tmp_path / "out", QUIET)
+    assert not left.exists()
 
 
 def test_a_rounded_base_is_not_rounded_again(rounded: Path, tmp_path: Path) -> None:

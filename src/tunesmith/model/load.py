@@ -39,7 +39,7 @@ from ..world import World
 from .attention import NAME, register
 from .blocks import Blocks
 from .builtin import builtin_model, cache_folder
-from .eight_bits import keep_in_eight_bits
+from .eight_bits import keep_in_eight_bits, rounded_numbers
 from .fused import use_fused
 from .gguf import convert_gguf
 from .linear import Linear, use_fast_linear, widen_others
@@ -60,6 +60,7 @@ PLAIN_TEMPLATE = (
 # template, since other programs ask for thoughts unless they are told not to; asked for by name they still come.
 NO_THOUGHTS = "{% set enable_thinking = enable_thinking | default(false) %}"
 CAN_THINK = "enable_thinking"
+ROUNDED = "the base is approximate: rounded to 8 bits a number; its rounded.json says what that cost"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,7 +264,7 @@ def load(base: str, world: World, weights: Weights = "auto") -> Model:
     if world.device.type == "cpu" and kept.value != "float32":
         widen_others(hf)
     use_fused(hf)
-    notes = [*vocabulary.notes, *hold_still(hf)]
+    notes = [*vocabulary.notes, *([ROUNDED] if rounded_numbers(vocabulary.folder) else []), *hold_still(hf)]
     difference = probe(hf, world.device)
     if math.isnan(difference):
         raise _unreadable(vocabulary.folder, "its log-probabilities are not numbers")

@@ -6,6 +6,7 @@ given. What the rounding itself cost is measured here, once, and lies in the fol
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ import numpy as np
 from ..errors import FolderError, ModelError
 from ..evaluate.forgetting import general_ability
 from ..evaluate.stats import estimate, paired
-from ..folder import write_json, write_manifest, written_aside
+from ..folder import read_json, write_json, write_manifest, written_aside
 from ..model.eight_bits import rounded_numbers
 from ..model.load import check_folder, load, resolve
 from ..model.merge import write_rounded
+from ..model.once import made_once
 from ..screen import Screen
-from ..types import Estimate
 from ..world import World
 
 RECORD = "rounded.json"
@@ -34,6 +35,13 @@ def round_base(base: str, out: Path, screen: Screen) -> dict[str, Any]:
     check_folder(source)
     if rounded_numbers(source):
         raise ModelError("this base is rounded already", where=base, fix="Name it as base: in a recipe.")
+    made_once(out, lambda out: _write(source, base, out, screen))
+    record = read_json(out / RECORD)
+    _show(record["general_loss"], out, screen)
+    return record
+
+
+def _write(source: Path, base: str, out: Path, screen: Screen) -> None:
     with written_aside(out) as folder:
         screen.stage("Rounding", f"{base}, 8 bits a number")
         write_rounded(source, folder)
@@ -48,8 +56,6 @@ def round_base(base: str, out: Path, screen: Screen) -> dict[str, Any]:
         }
         write_json(folder / RECORD, record)
         write_manifest(folder)
-    _show(losses, out, screen)
-    return record
 
 
 def _general_losses(folder: Path, screen: Screen) -> np.ndarray:
@@ -59,13 +65,13 @@ def _general_losses(folder: Path, screen: Screen) -> np.ndarray:
     return general_ability(model, ()).losses
 
 
-def _show(losses: dict[str, Estimate], out: Path, screen: Screen) -> None:
+def _show(losses: Mapping[str, Mapping[str, float]], out: Path, screen: Screen) -> None:
     rows = []
     for name, found in losses.items():
         sign = "+" if name == "change" else ""
-        value, low, high = (f"{number:{sign}.4f}" for number in (found.value, found.low, found.high))
+        value, low, high = (f"{found[key]:{sign}.4f}" for key in ("value", "low", "high"))
         rows.append([name, value, f"{low} to {high}"])
     screen.table(["general loss", "nats a token", "95 %"], rows)
-    if losses["change"].low > 0:
+    if losses["change"]["low"] > 0:
         screen.warn("rounding made the base worse; how much that is for your task, a run from it shows")
     screen.line(f"wrote {out}; base: {out} in a recipe trains over it, in 8 bits with lora.weights: stored")
