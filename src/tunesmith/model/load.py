@@ -52,6 +52,8 @@ from .stored import EIGHT_BITS, FLOAT32, kept_as
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 _RUNS_CODE = {"auto_map", "trust_remote_code", "attn_implementation"}
+_READ_BY_TRANSFORMERS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_READ_BY_OTHERS = ["consolidated*", "original/*", "onnx/*"]  # the weights once more, as large
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
@@ -163,7 +165,9 @@ def resolve(base: str) -> Path:
         return _of_run(RunFolder(path=path))
     if path.is_dir():
         return path
-    if path.suffix or base.count("/") != 1 or base.startswith((".", "/")):
+    if path.is_file():
+        raise ModelError("this is a file", where=f"base: {base}", fix="Give the folder of the model that it belongs to.")
+    if base.count("/") != 1 or base.startswith((".", "/", "~")):
         raise ModelError(
             "no such model folder",
             where=f"base: {base}",
@@ -342,7 +346,7 @@ def _from_hub(base: str) -> Path:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return Path(
-                snapshot_download(base, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+                snapshot_download(base, allow_patterns=_READ_BY_TRANSFORMERS, ignore_patterns=_READ_BY_OTHERS)
             )
     except Exception as error:  # the hub client raises many types; each means that the model cannot be had
         reason = str(error).strip().split("\n")[0]
