@@ -395,6 +395,30 @@ update:
     assert not (shell.home / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("num_train_epochs: 3", "train.epochs"),
+        ("train: {per_device_train_batch_size: 8}", "train.batch"),
+        ("lora: {r: 16}", "lora.rank"),
+        ("lora_alpha: 16", "lora.alpha"),
+        ("learning_rate: 1e-4", "train.learning_rate"),
+        ("model_name_or_path: x/y", "base"),
+        ("datasets: []", "data.train"),
+        ("load_in_8bit: true", "lora.weights"),
+    ],
+)
+def test_keys_of_other_programs_are_told_what_they_are_called_here(shell: Shell, written: str, meant: str) -> None:
+    done = shell("run", shell.write("job.yaml", f"data: {{train: rows.jsonl}}\n{written}\n"))
+    refused(done, f"Did you mean {meant!r}?")
+
+
+def test_a_name_from_elsewhere_means_one_key_of_a_recipe() -> None:
+    names = [name for others in recipe._NAMES_ELSEWHERE.values() for name in others.split()]
+    assert len(names) == len(set(names))
+    assert set(recipe._NAMES_ELSEWHERE) <= set(recipe.known_keys())
+
+
 @pytest.mark.parametrize("command", ["run", "distill", "check", "plan"])
 def test_mistakes_of_a_recipe_do_not_wait_for_torch(shell: Shell, command: str) -> None:
     path = shell.write("job.yaml", "data: rows.jsonl\n")

@@ -277,6 +277,37 @@ class Recipe(Spec):
         return value
 
 
+# What other programs for fine-tuning call a key.
+_NAMES_ELSEWHERE = {
+    "base": "model model_name model_name_or_path base_model pretrained_model_name_or_path",
+    "data.train": "dataset datasets dataset_name train_file training_file train_dataset",
+    "data.valid": "val_set_size validation_file eval_dataset test_size",
+    "data.max_tokens": "max_seq_length max_seq_len max_length cutoff_len sequence_len model_max_length block_size",
+    "data.rows": "max_samples max_train_samples num_samples",
+    "train.epochs": "num_train_epochs num_epochs n_epochs",
+    "train.learning_rate": "lr",
+    "train.batch": "batch_size per_device_train_batch_size gradient_accumulation_steps micro_batch_size",
+    "train.warmup": "warmup_ratio warmup_steps",
+    "train.schedule": "lr_scheduler lr_scheduler_type",
+    "train.clip": "max_grad_norm gradient_clipping",
+    "train.evaluations": "eval_steps eval_strategy evaluation_strategy evals_per_epoch",
+    "train.patience": "early_stopping_patience",
+    "lora.rank": "r lora_r lora_rank",
+    "lora.alpha": "lora_alpha",
+    "lora.target": "target_modules lora_target lora_target_modules",
+    "lora.weights": "load_in_8bit load_in_4bit quantization quantization_bit",
+    "lora.precision": "bf16 fp16 torch_dtype dtype",
+    "update": "adapter peft finetuning_type tuner",
+    "method": "stage trainer rl",
+    "task.instructions": "system system_prompt",
+    "preference.loss": "loss_type pref_loss",
+    "policy.kl": "kl_coef init_kl_coef",
+    "policy.group": "num_generations",
+    "policy.prompts": "rollout_batch_size",
+    "out": "output_dir output save_dir",
+}
+
+
 def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a YAML recipe and apply `key.sub=value` overrides.
 
@@ -347,10 +378,12 @@ def _begins(dotted: str, name: str) -> bool:
 
 def _mistake(problem: ErrorDetails, key: str, meanings: Mapping[str, str], where: str) -> RecipeError:
     if problem["type"] == "extra_forbidden":
+        leaf = key.split(".")[-1]
+        same_leaf = [name for name in meanings if name.split(".")[-1] == leaf]
+        elsewhere = [name for name, others in _NAMES_ELSEWHERE.items() if leaf in others.split()]
         near = difflib.get_close_matches(key, meanings, n=1, cutoff=0.4)
-        same_leaf = [name for name in meanings if name.split(".")[-1] == key.split(".")[-1]]
-        guess = (same_leaf or near or [""])[0]
-        fix = f"Did you mean {guess!r}?" if guess else "See `tunesmith schema` for the known keys."
+        meant = next(iter([*same_leaf, *elsewhere, *near]), "")
+        fix = f"Did you mean {meant!r}?" if meant else "See `tunesmith schema` for the known keys."
         return RecipeError(f"unknown key {key!r}", where=where, fix=fix)
     if problem["type"] == "missing":
         return RecipeError(f"the key {key!r} is missing", where=where, fix=f"Add {key}: ... to the recipe.")

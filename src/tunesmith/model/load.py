@@ -166,7 +166,9 @@ def resolve(base: str) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        raise ModelError("this is a file", where=f"base: {base}", fix="Give the folder of the model that it belongs to.")
+        raise ModelError(
+            "this is a file", where=f"base: {base}", fix="Give the folder of the model that it belongs to."
+        )
     if base.count("/") != 1 or base.startswith((".", "/", "~")):
         raise ModelError(
             "no such model folder",
@@ -345,9 +347,7 @@ def _from_hub(base: str) -> Path:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Path(
-                snapshot_download(base, allow_patterns=_READ_BY_TRANSFORMERS, ignore_patterns=_READ_BY_OTHERS)
-            )
+            return Path(snapshot_download(base, allow_patterns=_READ_BY_TRANSFORMERS, ignore_patterns=_READ_BY_OTHERS))
     except Exception as error:  # the hub client raises many types; each means that the model cannot be had
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
