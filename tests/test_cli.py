@@ -19,8 +19,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tunesmith import cli, recipe
+from tunesmith import __version__, cli, recipe
 from tunesmith.folder import RunFolder, locked
+from tunesmith.mistakes import NAMES_ELSEWHERE
 
 SOURCE = Path(cli.__file__).parents[1]
 Make = Callable[..., dict[str, Any]]
@@ -291,6 +292,31 @@ def test_schema_is_the_one_that_is_shipped(shell: Shell) -> None:
     assert "train.learning_rate" in shell("schema", "--keys").out.splitlines()
 
 
+def test_every_key_of_a_recipe_has_a_meaning_that_can_be_read(shell: Shell) -> None:
+    rows = recipe.described_keys()
+    assert not [key for key, _, meaning in rows if not meaning]
+    groups = {"data", "task", "task.teacher", "train", "lora", "preference", "reward", "policy", "evaluate"}
+    assert {key for key, _, _ in rows} == set(recipe.known_keys()) - groups
+    told = shell("schema", "--table").out
+    assert all(key.split(".")[-1] in told for key, _, _ in rows)
+    assert ("lora.alpha", "32.0") in [(key, default) for key, default, _ in rows]
+
+
+@pytest.mark.parametrize("words", [["--version"], ["version"]])
+def test_the_version_is_told(shell: Shell, words: list[str]) -> None:
+    done = shell(*words)
+    assert (done.code, done.out.strip()) == (0, __version__)
+
+
+def test_what_is_no_recipe_is_told_what_it_is(shell: Shell, finished_run: Path) -> None:
+    run, data = finished_run.with_name("run"), shell.write("tickets.jsonl", '{"prompt": "a", "completion": "b"}\n')
+    for command in ("run", "check", "plan", "label"):
+        refused(
+            shell(command, run), "this is a run folder\nName the recipe that it was made from, to go on; `tunesmith"
+        )
+        refused(shell(command, data), "these are data, not a recipe\nWrite a recipe, a YAML file, that names them:\n")
+
+
 def test_shipped_recipes_point_editors_at_the_schema() -> None:
     for path in (SOURCE.parent / "recipes").glob("*.yaml"):
         first = path.read_text(encoding="utf-8").splitlines()[0]
@@ -414,9 +440,9 @@ def test_keys_of_other_programs_are_told_what_they_are_called_here(shell: Shell,
 
 
 def test_a_name_from_elsewhere_means_one_key_of_a_recipe() -> None:
-    names = [name for others in recipe._NAMES_ELSEWHERE.values() for name in others.split()]
+    names = [name for others in NAMES_ELSEWHERE.values() for name in others.split()]
     assert len(names) == len(set(names))
-    assert set(recipe._NAMES_ELSEWHERE) <= set(recipe.known_keys())
+    assert set(NAMES_ELSEWHERE) <= set(recipe.known_keys())
 
 
 @pytest.mark.parametrize("command", ["run", "distill", "check", "plan"])

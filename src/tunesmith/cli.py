@@ -17,12 +17,11 @@ import typer
 
 from . import __version__
 from .errors import Interrupted, RecipeError, TunesmithError
-from .recipe import Recipe, known_keys, load_recipe
+from .recipe import Recipe, described_keys, known_keys, load_recipe
 from .screen import Screen, terminal
 
 INTERRUPTED = 130
 app = typer.Typer(
-    help="Fine-tune a language model on your own examples, and know whether it worked.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -307,15 +306,35 @@ def doctor(debug: Debug = False) -> None:
 
 
 @app.command()
-def schema(keys: Annotated[bool, typer.Option("--keys", help="Names only.")] = False) -> None:
-    """Print the recipe's JSON Schema, or the names of its keys."""
-    print("\n".join(known_keys()) if keys else json.dumps(Recipe.model_json_schema(), indent=1))
+def schema(
+    keys: Annotated[bool, typer.Option("--keys", help="Names only.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Keys, what they are unless given, what they mean.")] = False,
+) -> None:
+    """Print the recipe's JSON Schema, or its keys to read."""
+    if table:
+        Screen(console=terminal()).table(["key", "unless given", "meaning"], described_keys())
+    else:
+        print("\n".join(known_keys()) if keys else json.dumps(Recipe.model_json_schema(), indent=1))
 
 
 @app.command()
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        version()
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def options(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Fine-tune a language model on your own examples, and know whether it worked."""
 
 
 def _bare_overrides(arguments: Sequence[str]) -> list[str]:

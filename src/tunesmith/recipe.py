@@ -6,18 +6,15 @@ what `train/plan.py` derives is printed with its reason and saved in `plan.json`
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_core import ErrorDetails
 
-from .errors import RecipeError
+from .mistakes import explain
 from .written import written
 
 Layout = Literal[
@@ -122,13 +119,15 @@ class TrainSpec(Spec):
     batch: int | None = Field(default=None, gt=0, description="examples per optimizer step")
     microbatch_tokens: int | None = Field(default=None, gt=0, description="tokens in one forward pass")
     warmup: Fraction = Field(default=0.05, description="fraction of steps with rising learning rate")
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="how the learning rate falls after warmup: linear, cosine or constant"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's pull of weights towards 0")
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     evaluations: int = Field(default=4, ge=1, description="how often to look at the validation rows")
     patience: int = Field(default=3, ge=1, description="stop after this many evaluations without improvement")
     max_steps: int | None = Field(default=None, gt=0, description="stop after this many optimizer steps")
-    seed: int = 0
+    seed: int = Field(default=0, description="of the order of rows, of what is drawn, and of where adapters begin")
 
 
 class LoraSpec(Spec):
@@ -172,7 +171,7 @@ class PreferenceSpec(Spec):
     )
     margin_scale: float = Field(default=1.0, ge=0, description="reward: what the column's numbers are multiplied by")
     beta: float = Field(default=0.1, gt=0, description="dpo: how dearly leaving the base model is paid")
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    loss: Literal["sigmoid", "ipo"] = Field(default="sigmoid", description="dpo: sigmoid or ipo; see docs/rlhf.md")
     smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="dpo: share of choices taken to be wrong")
 
 
@@ -204,7 +203,9 @@ class PolicySpec(Spec):
     kl_target: float | None = Field(default=None, gt=0, description="ppo: adapt the price to be this many nats away")
     kl_limit: float = Field(default=30.0, gt=0, description="nats from the base to stop at; no look beyond is chosen")
     value_start: Literal["zero", "reward"] = Field(default="zero", description="ppo: where the value head begins")
-    advantage: Literal["grpo", "rloo"] = "grpo"
+    advantage: Literal["grpo", "rloo"] = Field(
+        default="grpo", description="grpo: an answer against the mean of its group (grpo) or of the others in it (rloo)"
+    )
     mix: float = Field(default=0.0, ge=0, description="ppo: weight of imitating the answers of data.train beside it")
 
 
@@ -215,8 +216,8 @@ class EvaluateSpec(Spec):
     valid_rows: int = Field(
         default=128, gt=0, description="validation rows looked at during training and prompt selection"
     )
-    level: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    seed: int = 0
+    level: float = Field(default=0.95, gt=0.5, lt=1, description="confidence level of every interval")
+    seed: int = Field(default=0, description="of bootstraps, permutations and drawn few-shot examples")
     batch: int = Field(default=64, gt=0, description="answers generated at once")
     forgetting: bool = Field(default=True, description="measure general ability before and after")
     retention: PathName | None = Field(
@@ -242,7 +243,9 @@ class Recipe(Spec):
     )
     data: DataSpec
     task: TaskSpec = TaskSpec()
-    method: Method = "sft"
+    method: Method = Field(
+        default="sft", description="sft from answers; reward and dpo from choices; ppo and grpo from a reward"
+    )
     update: list[Update] = Field(
         default_factory=lambda: ["lora"], description="lora, full, economy, or several to compare them"
     )
@@ -277,45 +280,12 @@ class Recipe(Spec):
         return value
 
 
-# What other programs for fine-tuning call a key.
-_NAMES_ELSEWHERE = {
-    "base": "model model_name model_name_or_path base_model pretrained_model_name_or_path",
-    "data.train": "dataset datasets dataset_name train_file training_file train_dataset",
-    "data.valid": "val_set_size validation_file eval_dataset test_size",
-    "data.max_tokens": "max_seq_length max_seq_len max_length cutoff_len sequence_len model_max_length block_size",
-    "data.rows": "max_samples max_train_samples num_samples",
-    "train.epochs": "num_train_epochs num_epochs n_epochs",
-    "train.learning_rate": "lr",
-    "train.batch": "batch_size per_device_train_batch_size gradient_accumulation_steps micro_batch_size",
-    "train.warmup": "warmup_ratio warmup_steps",
-    "train.schedule": "lr_scheduler lr_scheduler_type",
-    "train.clip": "max_grad_norm gradient_clipping",
-    "train.evaluations": "eval_steps eval_strategy evaluation_strategy evals_per_epoch",
-    "train.patience": "early_stopping_patience",
-    "lora.rank": "r lora_r lora_rank",
-    "lora.alpha": "lora_alpha",
-    "lora.target": "target_modules lora_target lora_target_modules",
-    "lora.weights": "load_in_8bit load_in_4bit quantization quantization_bit",
-    "lora.precision": "bf16 fp16 torch_dtype dtype",
-    "update": "adapter peft finetuning_type tuner",
-    "method": "stage trainer rl",
-    "task.instructions": "system system_prompt",
-    "preference.loss": "loss_type pref_loss",
-    "policy.kl": "kl_coef init_kl_coef",
-    "policy.group": "num_generations",
-    "policy.prompts": "rollout_batch_size",
-    "out": "output_dir output save_dir",
-}
-
-
 def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a YAML recipe and apply `key.sub=value` overrides.
 
     Raises RecipeError that names file, line and key of every mistake, and the nearest known key for an unknown one.
     """
     path = Path(path)
-    if not path.is_file():
-        raise RecipeError("no such recipe", where=str(path), fix="Give the path of a YAML recipe; see recipes/.")
     found = written(path, overrides)
     recipe = parse_recipe(found.values, str(path), found.places)
     return recipe.model_copy(update={"out": recipe.out or f"runs/{path.stem}"})
@@ -329,7 +299,7 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe", places: Mapping[str
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise _explain(error, where, places or {}) from None
+        raise explain(error, where, places or {}, _meanings()) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -342,6 +312,19 @@ def known_keys() -> list[str]:
     return list(_meanings())
 
 
+def described_keys(spec: type[BaseModel] = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Every dotted key that takes a value, with its default as YAML writes it and what it means."""
+    rows: list[tuple[str, str, str]] = []
+    for name, info in spec.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Spec):
+            rows += described_keys(info.annotation, f"{prefix}{name}.")
+            continue
+        default = "" if info.is_required() else info.get_default(call_default_factory=True)
+        shown = "" if default in (None, "") else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
+        rows.append((prefix + name, shown, info.description or ""))
+    return rows
+
+
 def _meanings(spec: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, str]:
     """What each key's description says, by dotted key; empty where there is none."""
     found: dict[str, str] = {}
@@ -350,49 +333,3 @@ def _meanings(spec: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, str
         if isinstance(info.annotation, type) and issubclass(info.annotation, Spec):
             found |= _meanings(info.annotation, prefix + name + ".")
     return found
-
-
-def _explain(error: ValidationError, where: str, places: Mapping[str, str]) -> RecipeError:
-    """Every mistake, in the order of the text."""
-    order, meanings = ["", *places], _meanings()
-    found: dict[tuple[str, str], tuple[int, RecipeError]] = {}
-    for problem in error.errors():
-        dotted = key = ".".join(map(str, problem["loc"]))
-        if problem["type"] not in ("extra_forbidden", "missing"):
-            # Inside a list or a union pydantic names places that are no keys.
-            key = max((name for name in meanings if _begins(dotted, name)), key=len, default=key)
-        stands = max((place for place in order if _begins(dotted, place)), key=len, default="")
-        # A value that may be of two types has a problem for each of them.
-        mistake = order.index(stands), _mistake(problem, key, meanings, places.get(stands, where))
-        found.setdefault((key, repr(problem["input"])), mistake)
-    mistakes = [str(mistake) for _, mistake in sorted(found.values(), key=lambda placed: placed[0])]
-    if len(mistakes) == 1:
-        return next(mistake for _, mistake in found.values())
-    told = "\n".join(mistake.replace("\n", "\n    ") for mistake in mistakes)
-    return RecipeError(f"{len(mistakes)} mistakes", where=where, fix=told)
-
-
-def _begins(dotted: str, name: str) -> bool:
-    return f"{dotted}.".startswith(f"{name}.")
-
-
-def _mistake(problem: ErrorDetails, key: str, meanings: Mapping[str, str], where: str) -> RecipeError:
-    if problem["type"] == "extra_forbidden":
-        leaf = key.split(".")[-1]
-        same_leaf = [name for name in meanings if name.split(".")[-1] == leaf]
-        elsewhere = [name for name, others in _NAMES_ELSEWHERE.items() if leaf in others.split()]
-        near = difflib.get_close_matches(key, meanings, n=1, cutoff=0.4)
-        meant = next(iter([*same_leaf, *elsewhere, *near]), "")
-        fix = f"Did you mean {meant!r}?" if meant else "See `tunesmith schema` for the known keys."
-        return RecipeError(f"unknown key {key!r}", where=where, fix=fix)
-    if problem["type"] == "missing":
-        return RecipeError(f"the key {key!r} is missing", where=where, fix=f"Add {key}: ... to the recipe.")
-    if problem["type"] == "model_type":
-        what = f"{key} = {problem['input']!r}: here stand keys, not a value"
-        return RecipeError(what, where=where, fix=f"Write its keys on indented lines below {key}:, or leave it out.")
-    reason = problem["msg"].removeprefix("Value error, ")
-    meaning = meanings.get(key)
-    fix = f"Write there: {meaning}." if meaning else f"Change {key}; see `tunesmith schema`."
-    if problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float | date):
-        fix = "Put it in quotes: without them YAML reads yes and no as true and false, and numbers and dates as such."
-    return RecipeError(f"{key} = {problem['input']!r}: {reason}", where=where, fix=fix)

@@ -12,6 +12,8 @@ import yaml
 
 from .errors import RecipeError
 
+_DATA = {".jsonl", ".csv", ".tsv", ".parquet", ".gz"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
@@ -23,6 +25,7 @@ class Written:
 
 def written(path: Path, overrides: tuple[str, ...] = ()) -> Written:
     """Read a YAML mapping and apply `key.sub=value` overrides. Raises RecipeError that names the file or override."""
+    _refuse_others(path)
     values, places = _read_yaml(path)
     if not isinstance(values, dict):
         raise RecipeError(
@@ -33,6 +36,18 @@ def written(path: Path, overrides: tuple[str, ...] = ()) -> Written:
         places = {other: place for other, place in places.items() if not other.startswith(f"{key}.")}
         places[key] = f"--set {key}"
     return Written(values=values, places=places)
+
+
+def _refuse_others(path: Path) -> None:
+    """What is given in a recipe's place: nothing, a run folder, or the data."""
+    if (path / "recipe.yaml").is_file():
+        fix = f"Name the recipe that it was made from, to go on; `tunesmith report {path}` shows what came out."
+        raise RecipeError("this is a run folder", where=str(path), fix=fix)
+    if not path.is_file():
+        raise RecipeError("no such recipe", where=str(path), fix="Give the path of a YAML recipe; see recipes/.")
+    if _DATA & set(path.suffixes):
+        fix = f"Write a recipe, a YAML file, that names them:\ndata: {{train: {path}}}\ntask: {{metric: exact_match}}"
+        raise RecipeError("these are data, not a recipe", where=str(path), fix=fix)
 
 
 class _OnceLoader(yaml.SafeLoader):
