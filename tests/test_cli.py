@@ -506,6 +506,15 @@ def test_a_tilde_is_the_home_folder(shell: Shell) -> None:
     assert (read.data.train, read.data.valid, read.out) == ("/home/ann/a.csv", "/home/ann/b.csv", "/home/ann/runs/a")
 
 
+def test_thumbs_up_and_down_are_told_from_choices(shell: Shell, tiny_recipe: Make) -> None:
+    rows = [{"prompt": f"p{n}", "completion": f"c{n}", "label": n % 2 == 0} for n in range(40)]
+    data = shell.write("thumbs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    recipe = shell.write("job.yaml", tiny_recipe({"method": "dpo", "data.train": str(data)}))
+    done = shell("run", recipe)
+    assert done.code == 2
+    assert "A label of true or false, as KTO learns from, is no choice" in done.err
+
+
 @pytest.mark.parametrize("override", ["epochs", "=3", "data.train.x=1", "train.epochs=[", "out=2020-99-99"])
 def test_a_bad_override_is_explained(shell: Shell, tiny_recipe: Make, override: str) -> None:
     refused(shell("run", shell.write("job.yaml", tiny_recipe()), "--set", override), "--set")

@@ -148,6 +148,13 @@ def test_a_base_address_without_v1_is_told_where_the_api_is(http: httpx.Client) 
     )
 
 
+@pytest.mark.parametrize("path", ["/jobs", "/v1/files", "/v1/fine_tuning/jobs"])
+def test_a_server_without_jobs_says_how_to_start_one_with_them(path: str, http: httpx.Client) -> None:
+    refused = http.get(path)
+    assert refused.status_code == 404
+    assert "--jobs DIR" in error_of(refused)["message"]
+
+
 @pytest.mark.parametrize("path", ["/health", "/v1/models"])
 def test_who_looks_whether_it_works_may_ask_without_a_body(path: str, http: httpx.Client) -> None:
     asked = http.head(path)

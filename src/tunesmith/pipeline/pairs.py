@@ -80,7 +80,13 @@ def comparisons(rows: Sequence[object]) -> tuple[Comparison, ...]:
     found = tuple(row for row in rows if isinstance(row, Comparison))
     if len(found) != len(rows):
         what = "these rows hold single answers, and this method learns from choices between two"
-        raise RecipeError(what, where="method", fix="Give prompt, chosen and rejected columns, or use method: sft.")
+        fix = "Give prompt, chosen and rejected columns, or use method: sft."
+        if any(isinstance(row, Conversation) and isinstance(row.extra.get("label"), bool) for row in rows):
+            fix = (
+                "A label of true or false, as KTO learns from, is no choice: put a liked and a disliked answer to one "
+                "prompt into columns chosen and rejected, or use method: sft on the liked ones alone."
+            )
+        raise RecipeError(what, where="method", fix=fix)
     return found
 
 

@@ -15,6 +15,7 @@ from ..folder import FULL
 
 RETRY_SECONDS = 1
 STORAGE_FULL = 507
+OF_JOBS = ("/jobs", "/v1/files", "/v1/fine_tuning")  # paths of a server that was started with --jobs
 CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 429: "queue_full"}
 
 
@@ -52,8 +53,10 @@ def say_problems(app: FastAPI) -> None:
         return answer(400, message, place[0] if place else None, "unknown_parameter" if unknown else "invalid_value")
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
         nowhere = "there is nothing at this path; the API is under /v1"
+        if request.url.path.startswith(OF_JOBS):
+            nowhere = "there is nothing at this path; fine-tuning jobs are taken by `tunesmith serve BASE --jobs DIR`"
         said = answer(error.status_code, nowhere if error.status_code == 404 else str(error.detail).lower())
         said.headers.update(error.headers or {})  # which verbs a path knows
         return said
