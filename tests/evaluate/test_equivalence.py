@@ -129,7 +129,7 @@ def test_the_verdict_follows_the_finding_and_says_why(
     verdict = decide_equivalence(compare(*table(*pair), 0.05), over_base(0.1, 0.3), forgetting, 0.2)
     assert verdict.decision == decision
     assert told in " ".join(verdict.reasons)
-    assert "90 % interval" in verdict.reasons[0]
+    assert "90% interval" in verdict.reasons[0]
     assert "5.0 points" in verdict.reasons[0]
 
 

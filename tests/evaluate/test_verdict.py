@@ -66,10 +66,10 @@ def test_the_reasons_tell_every_number() -> None:
     tuned, prompted = stats.estimate([1.0] * 163 + [0.0] * 37), stats.estimate([0.0] * 200)
     verdict = decide(gain(0.756, 0.874), rise(0.1, 0.34), 0.2, tuned=tuned, prompted=prompted)
     assert verdict.reasons == (
-        "lora answers 81.5 % of 200 held-out rows exactly; the best prompted base (few_shot) 0.0 %; "
-        "difference +81.5 points, 95 % interval +75.6 to +87.4 (p = 0.001).",
+        "lora answers 81.5% of 200 held-out rows exactly; the best prompted base (few_shot) 0.0%; "
+        "difference +81.5 points, 95% interval +75.6 to +87.4 (p = 0.001).",
         "The interval lies on the better side of 0, so the tuned model is better on rows like these.",
-        "General loss changed by +0.220 nats per token, 95 % interval +0.100 to +0.340: the interval straddles the "
+        "General loss changed by +0.220 nats per token, 95% interval +0.100 to +0.340: the interval straddles the "
         "limit of 0.2, so too much forgetting is not ruled out. The estimate itself is above it.",
     )
 
@@ -79,7 +79,7 @@ def test_the_reasons_of_a_loss_say_that_lower_is_better() -> None:
     reason = decide(gain(-0.5, -0.3, "completion_loss"), None, 0.2, tuned=tuned, prompted=prompted).reasons[0]
     assert reason == (
         "lora has a mean completion_loss of 1.1 on 100 held-out rows, lower is better; "
-        "the best prompted base (few_shot) 1.5; difference -0.4, 95 % interval -0.5 to -0.3 (p = 0.001)."
+        "the best prompted base (few_shot) 1.5; difference -0.4, 95% interval -0.5 to -0.3 (p = 0.001)."
     )
 
 

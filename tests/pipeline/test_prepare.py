@@ -77,7 +77,7 @@ def test_one_answer_that_is_far_longer_than_the_others_is_told(
     told = io.StringIO()
     changes = {**data, "data.near_duplicates": 1.0, "task.max_new_tokens": most}
     prepare(parse_recipe(tiny_recipe(changes)), vocabulary, Screen(console=Console(file=told, width=300)))
-    said = "the longest answer has 201 tokens, 95 % of the answers up to 4: every arm may write 256 tokens"
+    said = "the longest answer has 201 tokens, 95% of the answers up to 4: every arm may write 256 tokens"
     assert (said in told.getvalue()) == (most is None)
 
 

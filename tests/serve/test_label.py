@@ -295,7 +295,7 @@ def test_summary_and_export_of_the_command(
         "4 of 4 pairs judged",
         "everybody",
         "alpha: 1.00",
-        "M1 over M2: preferred in 75 % (30 to 95, n = 4)",
+        "M1 over M2: preferred in 75% (30 to 95, n = 4)",
         "6 wins",
     ):
         assert words in said, said

@@ -167,8 +167,8 @@ def _compare(contrast: Contrast, tuned: Estimate | None, prompted: Estimate | No
         return f"{contrast.a} against {other} on {_rows(difference.n)}, {metric}{lower}: {change}."
     if is_binary(metric):
         how = "exactly" if metric == "exact_match" else f"right by {metric}"
-        share = f"{contrast.a} answers {100 * tuned.value:.1f} % of {_rows(tuned.n)} {how}"
-        return f"{share}; {other} {100 * prompted.value:.1f} %; {change}."
+        share = f"{contrast.a} answers {100 * tuned.value:.1f}% of {_rows(tuned.n)} {how}"
+        return f"{share}; {other} {100 * prompted.value:.1f}%; {change}."
     scores = f"{contrast.a} has a mean {metric} of {tuned.value:.4g} on {_rows(tuned.n)}{lower}"
     return f"{scores}; {other} {prompted.value:.4g}; {change}."
 
@@ -179,7 +179,7 @@ def _scale(metric: str) -> tuple[float, str, str]:
 
 
 def _interval(estimate: Estimate, spec: str, scale: float = 1.0) -> str:
-    return f"{100 * estimate.level:g} % interval {scale * estimate.low:{spec}} to {scale * estimate.high:{spec}}"
+    return f"{100 * estimate.level:g}% interval {scale * estimate.low:{spec}} to {scale * estimate.high:{spec}}"
 
 
 def _amount(value: float, metric: str) -> str:

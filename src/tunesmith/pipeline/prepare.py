@@ -90,7 +90,7 @@ def prepare(recipe: Recipe, vocabulary: Vocabulary, screen: Screen) -> Prepared:
         screen.warn(f"{what}: no arm can give it in full")
     usual = float(np.percentile(counts(train.examples).trained, 95))
     if not recipe.task.max_new_tokens and longest > OUTLIER * usual:
-        what = f"the longest answer has {longest} tokens, 95 % of the answers up to {usual:.0f}"
+        what = f"the longest answer has {longest} tokens, 95% of the answers up to {usual:.0f}"
         screen.warn(f"{what}: every arm may write {prepared.max_new_tokens} tokens; task.max_new_tokens bounds it")
     if found.census.total.read > MANY_ROWS and spec.near_duplicates < 1:
         compared = f"a row is compared with the {MOST_COMPARED} look-alikes before it in each hash band"

@@ -71,7 +71,7 @@ def _show(losses: Mapping[str, Mapping[str, float]], out: Path, screen: Screen) 
         sign = "+" if name == "change" else ""
         value, low, high = (f"{found[key]:{sign}.4f}" for key in ("value", "low", "high"))
         rows.append([name, value, f"{low} to {high}"])
-    screen.table(["general loss", "nats a token", "95 %"], rows)
+    screen.table(["general loss", "nats a token", "95%"], rows)
     if losses["change"]["low"] > 0:
         screen.warn("rounding made the base worse; how much that is for your task, a run from it shows")
     screen.line(f"wrote {out}; base: {out} in a recipe trains over it, in 8 bits with lora.weights: stored")

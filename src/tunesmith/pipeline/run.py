@@ -211,5 +211,5 @@ def _findings(job: Job, before: Before, after: Mapping[str, After], *, seconds: 
 
 def _smallest_difference(job: Job) -> dict[str, object]:
     rows = len(job.data.test_items)
-    explanation = f"the smallest true difference that {rows} paired test rows show with power 80 %"
+    explanation = f"the smallest true difference that {rows} paired test rows show with power 80%"
     return {"value": what_rows_show(job.place.recipe, rows)[0], "explanation": explanation}

@@ -173,7 +173,7 @@ def _share(estimate: Estimate | None) -> str:
     if estimate is None:
         return "-"
     value, low, high = (100 * number for number in (estimate.value, estimate.low, estimate.high))
-    return f"{value:.0f} % ({low:.0f} to {high:.0f}, n = {estimate.n})"
+    return f"{value:.0f}% ({low:.0f} to {high:.0f}, n = {estimate.n})"
 
 
 def _number(estimate: Estimate) -> str:
