@@ -315,6 +315,8 @@ def test_what_is_no_recipe_is_told_what_it_is(shell: Shell, finished_run: Path) 
             shell(command, run), "this is a run folder\nName the recipe that it was made from, to go on; `tunesmith"
         )
         refused(shell(command, data), "these are data, not a recipe\nWrite a recipe, a YAML file, that names them:\n")
+    named = shell.write("tickets.jsonl.yaml", "data: {train: gone.jsonl}\n")
+    refused(shell("plan", named), "gone.jsonl: no such file")
 
 
 def test_shipped_recipes_point_editors_at_the_schema() -> None:

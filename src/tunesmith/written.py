@@ -45,7 +45,7 @@ def _refuse_others(path: Path) -> None:
         raise RecipeError("this is a run folder", where=str(path), fix=fix)
     if not path.is_file():
         raise RecipeError("no such recipe", where=str(path), fix="Give the path of a YAML recipe; see recipes/.")
-    if _DATA & set(path.suffixes):
+    if path.suffix in _DATA:
         fix = f"Write a recipe, a YAML file, that names them:\ndata: {{train: {path}}}\ntask: {{metric: exact_match}}"
         raise RecipeError("these are data, not a recipe", where=str(path), fix=fix)
 
