@@ -316,7 +316,7 @@ def test_what_is_no_recipe_is_told_what_it_is(shell: Shell, finished_run: Path) 
         )
         refused(shell(command, data), "these are data, not a recipe\nWrite a recipe, a YAML file, that names them:\n")
     named = shell.write("tickets.jsonl.yaml", "data: {train: gone.jsonl}\n")
-    refused(shell("plan", named), "gone.jsonl: no such file")
+    assert "gone.jsonl: no such file" in shell("plan", named).err
 
 
 def test_shipped_recipes_point_editors_at_the_schema() -> None:

@@ -155,7 +155,10 @@ def to_row(fields: Fields, columns: Columns, where: str) -> Row:
     """Turn one record into a row. Raises DataError with `where` for a missing column or a wrong type."""
     for name in REQUIRED[columns.layout]:
         if columns.names[name] not in fields:
-            fix = f"Every row needs the column {columns.names[name]!r}; this one has {_listed(list(fields))}."
+            fix = (
+                f"The first row has the layout {columns.layout}, so that every row needs {columns.names[name]!r}; "
+                f"this one has {_listed(list(fields))}. Rows of another layout belong into another file."
+            )
             raise DataError(f"the row has no {columns.names[name]!r}", where=where, fix=fix)
     ours = {name: fields[theirs] for name, theirs in columns.names.items() if theirs in fields}
     used = set(columns.names.values())
