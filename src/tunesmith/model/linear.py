@@ -105,9 +105,9 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _rounded(x: Tensor, weight: Tensor) -> Tensor:
-    """Rounded before they are multiplied; where the matrix is stored in bfloat16, the sums are rounded as well."""
-    if weight.dtype == torch.bfloat16:
-        return _onednn(x.bfloat16(), weight).float()
+    """Rounded before they are multiplied; where bfloat16 holds the matrix as it is, the sums are rounded as well."""
+    if weight.dtype in (torch.bfloat16, torch.int8):
+        return _widened(_onednn, x.bfloat16(), weight).float()
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"  # for this product only: the small ones of attention would take ten times as long
