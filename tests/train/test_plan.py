@@ -22,7 +22,7 @@ from tunesmith.model.lora import LoraShape, attach_lora
 from tunesmith.recipe import Recipe, parse_recipe
 from tunesmith.train import plan
 from tunesmith.train.meter import available_bytes, machine, memory_bytes, peak_memory_bytes, reset_peak_memory
-from tunesmith.train.plan import Prediction, derive, flops, predict
+from tunesmith.train.plan import Prediction, Reach, derive, flops, predict
 from tunesmith.types import Example
 from tunesmith.world import World
 
@@ -143,6 +143,15 @@ def test_useful_flops_are_six_or_four_per_weight_and_token(fresh_model: Model) -
     assert flops(fresh_model, "full", [10, 30], 100) == 6 * weights * 20 * 100
     attach_lora(fresh_model.hf, LoraShape(rank=4, alpha=8.0), head=fresh_model.head)
     assert flops(fresh_model, "lora", [10, 30], 100) == 4 * weights * 20 * 100
+
+
+def test_the_head_costs_where_something_is_scored_also_when_a_reference_reads(fresh_model: Model) -> None:
+    weights, head = fresh_model.product_parameters, fresh_model.head_weight.numel()
+    attach_lora(fresh_model.hf, LoraShape(rank=4, alpha=8.0), head=fresh_model.head)
+    for scored in (0.0, 0.25):
+        met = weights - head + scored * head
+        found = flops(fresh_model, "lora", [10, 30], 100, Reach(scored=scored, forwards=0.5))
+        assert found == (4 + 2 * 0.5) * met * 20 * 100
 
 
 def test_fewer_rows_than_a_batch_asks_for_cost_no_more_than_they_are(

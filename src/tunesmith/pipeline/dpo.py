@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 import torch
 
+from ..data.counts import counts
 from ..data.curate import SPLITS
 from ..data.pack import pack_groups
 from ..methods.annotate import Group, annotate
@@ -65,7 +66,11 @@ def _begin(place: Place, model: Model, pairs: Pairs) -> Aligning:
         max_steps=recipe.train.max_steps,
         packs=model.packs,
     )
-    read_before = Reach(forwards=len(train) / (source.steps * source.rows_a_step))
+    found = counts(examples)
+    reach = Reach(
+        scored=float(found.scored.sum() / found.tokens.sum()),
+        forwards=len(train) / (source.steps * source.rows_a_step),  # the reference reads every pair once
+    )
     loss = PreferenceLoss(beta=spec.beta, kind=spec.loss, smoothing=spec.smoothing)
     return Aligning(
         model=model,
@@ -74,7 +79,7 @@ def _begin(place: Place, model: Model, pairs: Pairs) -> Aligning:
         loss=loss,
         how=optimization(recipe, settings),
         reference=reference,
-        plan=planned(place, update, model, settings, source, loss, read_before),
+        plan=planned(place, update, model, settings, source, loss, reach),
         watch=lambda: _look(model, loss, valid, settings),
     )
 

@@ -34,7 +34,7 @@ from ..model.values import attach_value_head, load_value_head, normalise, save_v
 from ..recipe import Recipe, load_recipe
 from ..screen import Screen
 from ..train.meter import machine, release_memory, reset_peak_memory
-from ..train.plan import Settings, derive
+from ..train.plan import Reach, Settings, derive
 from ..types import Comparison
 from ..world import World
 from .begin import Place, checked, load_base, one_update, opened
@@ -188,7 +188,8 @@ def _fitted(
         packs=model.packs,
         finish=read_there,
     )
-    plan = planned(place, name, model, settings, source, BradleyTerry())
+    reach = Reach(scored=0.0)  # the scalar head stands where that of the vocabulary would
+    plan = planned(place, name, model, settings, source, BradleyTerry(), reach)
     valid = pairs.groups["valid"][: recipe.evaluate.valid_rows]
     margins = np.array([margin(row, recipe.preference) for row in pairs.rows["valid"][: len(valid)]])
     reset_peak_memory()

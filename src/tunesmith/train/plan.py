@@ -333,7 +333,7 @@ def flops(model: Model, update: Update, sizes: Sequence[float], examples: float,
     below = tokens - max(examples - reach.rows, 0) * reach.row_tokens
     head, lower = model.head_weight.numel(), model.lower_parameters
     upper = (model.product_parameters - head - lower) * tokens + head * tokens * reach.scored
-    beside = 2 * model.product_parameters * tokens * reach.forwards
+    beside = 2 * (upper + lower * tokens) * reach.forwards
     return (6 if update == "full" else 4) * upper + 2 * lower * below + beside
 
 
