@@ -79,7 +79,10 @@ def test_plain_inputs_become_a_student_judged_against_its_teacher(raw: Make, cha
     assert found["savings"]["prompt_tokens_saved_per_request"] > 0
     lines = read_jsonl(folder.answers("teacher"))
     assert all(line["answer"] == line["reference"] == line["reference"].upper() for line in lines)
-    assert "collecting answers" in folder.report.read_text(encoding="utf-8")
+    page = folder.report.read_text(encoding="utf-8")
+    assert "collecting answers" in page
+    assert "That is another model: what its tokens cost is not known" in page
+    assert "break-even not known: the teacher is another model" in page
     asked = len(chat_server.asked)
     assert asked == len(set(chat_server.asked))
     assert chat_server.bodies[0]["messages"][0] == {"role": "system", "content": "Give the upper case."}

@@ -55,6 +55,20 @@ def test_prompts_that_could_not_compete_are_told_with_the_verdict(recipe: Callab
     assert results["untried"] == [untried]
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_training_is_repaid_by_a_teachers_tokens_only_where_it_is_the_same_model(
+    recipe: Callable[..., Recipe], same: bool
+) -> None:
+    teacher = {"by": recipe({}).base if same else "http://localhost:1/v1", "model": "big"}
+    scores = [1.0] * 100
+    arms = [measurement("base", exact_match=[0.0] * 100), measurement("teacher", 510, exact_match=scores)]
+    found = findings(*arms, measurement("lora", exact_match=scores), best="teacher", facts={"distill": {}})
+    saved = conclude(recipe({"task.teacher": teacher}), found)["savings"]
+    assert saved["tokens_saved_per_request"] == 500
+    assert saved["break_even_requests"] == (1000 if same else None)
+    assert saved["flops_saved_per_request"] == (1e6 if same else None)
+
+
 def test_a_clear_gain_ships_and_what_it_saves_is_told(recipe: Callable[..., Recipe]) -> None:
     found = findings(
         measurement("base", exact_match=[0.0] * 100),

@@ -44,6 +44,14 @@ def test_an_arm_that_reads_more_saves_a_negative_share_and_never_breaks_even() -
     assert found["break_even_requests"] is None
 
 
+def test_tokens_of_another_model_are_counted_and_not_priced_at_this_ones_size() -> None:
+    found = savings(ARMS, "lora", "few_shot", None)
+    assert found["prompt_tokens_saved_fraction"] == 0.75
+    assert found["tokens_saved_per_request"] == 150
+    assert found["flops_saved_per_request"] is None
+    assert found["break_even_requests"] is None
+
+
 UNMEASURED = [{}, {"lora": ARMS["lora"]}, {"lora": {}, "few_shot": {"prompt_tokens_per_request": None}}]
 
 

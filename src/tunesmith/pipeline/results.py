@@ -76,7 +76,7 @@ def conclude(recipe: Recipe, found: Findings) -> dict[str, Any]:
         "arms": arms,
         "contrasts": [asdict(one) for one in contrasts],
         "forgetting": lost,
-        "savings": savings(arms, found.subject, found.best_prompted, found.product_parameters),
+        "savings": savings(arms, found.subject, found.best_prompted, _parameters(recipe, found)),
         "plan": {name: _against_plan(train) for name, train in found.trained.items()},
         "test_reads": 1,
         **found.facts,
@@ -93,6 +93,11 @@ def conclude(recipe: Recipe, found: Findings) -> dict[str, Any]:
                 arms, scores, found.best_prompted, lower_is_better=lower, tuned=tuned, level=level, seed=seed
             )
     return results
+
+
+def _parameters(recipe: Recipe, found: Findings) -> int | None:
+    """Weights of both models whose tokens are compared; None where the teacher is not the student's base."""
+    return found.product_parameters if recipe.task.teacher.by in ("", recipe.base) else None
 
 
 def _contrasts(recipe: Recipe, found: Findings) -> list[Contrast]:

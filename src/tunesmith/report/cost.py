@@ -22,11 +22,12 @@ FLOPS_PER_PARAMETER_AND_TOKEN = 2
 _CHUNK_ROWS = 256  # resamples drawn at once: 256 x 100,000 items stay under 0.3 GB
 
 
-def savings(arms: Mapping[str, Mapping[str, Any]], tuned: str, prompted: str, parameters: int) -> dict[str, Any]:
+def savings(arms: Mapping[str, Mapping[str, Any]], tuned: str, prompted: str, parameters: int | None) -> dict[str, Any]:
     """What one request to `tuned` saves against `prompted`, and when that repays the training.
 
     fraction = 1 - tuned prompt tokens / prompted ones; negative when the tuned arm reads more. Compute is saved by all
-    tokens, those of the answers too. An unknown is None.
+    tokens, those of the answers too. An unknown is None: the compute saved where `prompted` is another model, of which
+    `parameters` would say nothing.
     """
     before, after = (_number(arms.get(arm, {}).get("prompt_tokens_per_request")) for arm in (prompted, tuned))
     wrote, writes = (
@@ -41,9 +42,11 @@ def savings(arms: Mapping[str, Mapping[str, Any]], tuned: str, prompted: str, pa
         "prompt_tokens_saved_per_request": saved,
         "prompt_tokens_saved_fraction": saved / before if saved is not None and before else None,
         "tokens_saved_per_request": in_all,
-        "flops_saved_per_request": None if in_all is None else FLOPS_PER_PARAMETER_AND_TOKEN * parameters * in_all,
+        "flops_saved_per_request": None
+        if in_all is None or parameters is None
+        else FLOPS_PER_PARAMETER_AND_TOKEN * parameters * in_all,
         "training_flops": training_flops,
-        "break_even_requests": break_even_requests(training_flops, in_all, parameters),
+        "break_even_requests": break_even_requests(training_flops, in_all, parameters or 0),
     }
 
 

@@ -92,6 +92,8 @@ def general_loss_change(run: RunRecord, arm: str | None) -> Estimate | None:
 
 def break_even(run: RunRecord) -> str:
     """When training is repaid by the tokens saved, in words."""
+    if against_another_model(run):
+        return "break-even not known: the teacher is another model"
     requests = part(run.results, "savings", "break_even_requests")
     saved = part(run.results, "savings", "prompt_tokens_saved_fraction")
     if is_number(requests):
@@ -100,6 +102,13 @@ def break_even(run: RunRecord) -> str:
     if is_number(saved):
         return "training is not repaid in tokens"
     return "break-even not known"
+
+
+def against_another_model(run: RunRecord) -> bool:
+    """Whether the tokens saved are those of a teacher of another size, so that no compute is known for them."""
+    saving = part(run.results, "savings")
+    tokens, compute = (part(saving, f"{what}_saved_per_request") for what in ("tokens", "flops"))
+    return is_number(tokens) and not is_number(compute)
 
 
 def against_full(run: RunRecord, arm: str) -> str:

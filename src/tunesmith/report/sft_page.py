@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import charts, distilled, examples, findings, tables, words
 from .content import Page
+from .findings import against_another_model
 from .record import RunRecord, is_number, part
 
 _SECTIONS = {
@@ -68,6 +69,12 @@ def _break_even(run: RunRecord) -> str:
         return "Tokens per request were not compared between a tuned and a prompted arm, so no saving is known."
     against = words.arm_label(run, part(saving, "prompted") or run.prompted or "the best prompt")
     tuned = words.arm_label(run, part(saving, "tuned") or run.subject or "the tuned arm")
+    if against_another_model(run):
+        fewer = f"{words.percent(abs(fraction))} {'fewer' if fraction >= 0 else 'more'}"
+        return (
+            f"A request to {tuned} reads {fewer} prompt tokens than {against}. That is another model: what its tokens "
+            "cost is not known, so neither is the break-even point."
+        )
     if fraction <= 0:
         more = f"{words.percent(-fraction)} more" if fraction < 0 else "as many"
         told = f"A request to {tuned} reads {more} prompt tokens than {against}"
