@@ -218,6 +218,19 @@ def test_steps_of_another_base_are_refused(folder: Path, tmp_path: Path) -> None
         load(str(other), World(), "stored")
 
 
+def test_steps_that_are_damaged_or_of_another_shape_are_refused(folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    steps = load_file(other / STEPS)
+    for wrong in ({name: step[1:] for name, step in steps.items()}, {"model.layers.9.mlp.up_proj": torch.ones(3)}):
+        save_file({name: step.clone() for name, step in wrong.items()}, other / STEPS, metadata={"numbers": "1"})
+        with pytest.raises(ModelError, match=r"is not what was rounded to 8 bits\nRound its base again"):
+            load(str(other), World(), "stored")
+    for damaged in (b"", (folder / STEPS).read_bytes()[:40]):
+        (other / STEPS).write_bytes(damaged)
+        with pytest.raises(ModelError, match=r"steps\.safetensors: damaged\nRound its base again"):
+            load(str(other), World(), "stored")
+
+
 def test_numbers_that_float16_does_not_hold_are_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
     large = shutil.copytree(tiny_model_folder, tmp_path / "large")
     tensors = load_file(large / "model.safetensors")

@@ -10,9 +10,10 @@ import pytest
 
 from tunesmith.errors import FolderError, ModelError
 from tunesmith.folder import manifest_problem, read_json
+from tunesmith.model.eight_bits import RECORD
 from tunesmith.model.load import load
 from tunesmith.pipeline.export import Wanted, export
-from tunesmith.pipeline.rounding import RECORD, round_base
+from tunesmith.pipeline.rounding import round_base
 from tunesmith.pipeline.run import run as start
 from tunesmith.recipe import parse_recipe
 from tunesmith.screen import Screen
@@ -81,4 +82,5 @@ def test_a_run_over_a_rounded_base_is_judged_exported_and_chained_as_any(
     assert any("8 bits" in str(one) for one in read_json(folder.plan)["derived"])
     for to in ("adapter", "merged"):
         assert export(folder.path, Wanted(to=to, rows=4), QUIET)["passed"]
+    assert not (folder.path / "exports" / "merged" / RECORD).exists()  # it is no rounded base
     assert load(str(folder.path), World(), "stored").weights.value == "float32"  # the sum is no multiple of the steps

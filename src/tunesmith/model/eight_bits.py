@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -23,8 +23,10 @@ from ..errors import ModelError
 from .linear import Linear, met_as
 
 STEPS = Path("rounded", "steps.safetensors")  # in a folder of its own: programs read all weights that lie beside others
+RECORD = "rounded.json"  # what rounding cost
 LARGEST, STEP_DIGITS, SMALLEST_EXPONENT = 127, 4, -24  # 2^-24: float16 holds its multiples
 SLICE = 2**20  # numbers worked on at once: they stay in the cache
+_AGAIN = "Round its base again with `tunesmith round`."
 
 
 def rounded(weight: Float[Tensor, "N K"]) -> tuple[Float[Tensor, "N K"], Float[Tensor, "N"]]:
@@ -65,18 +67,22 @@ def rounded_numbers(folder: Path) -> int:
     """How many of the folder's numbers can be kept in 8 bits: none unless it was rounded."""
     if not (folder / STEPS).is_file():
         return 0
-    with safe_open(folder / STEPS, framework="pt") as file:
-        return int(file.metadata()["numbers"])
+    try:
+        with safe_open(folder / STEPS, framework="pt") as file:
+            return int(file.metadata()["numbers"])
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise ModelError("damaged", where=str(folder / STEPS), fix=_AGAIN) from error
 
 
 def keep_in_eight_bits(hf: PreTrainedModel, folder: Path, device: torch.device) -> None:
     """Replace the matrices of the rounded `folder` by their multiples and steps, on `device`. Raises ModelError."""
+    layers = {name: layer for name, layer in hf.named_modules() if isinstance(layer, Linear)}
     for name, steps in load_file(folder / STEPS).items():
-        layer = hf.get_submodule(name)
-        weight = multiples(layer.weight.detach(), steps) if isinstance(layer, Linear) else None
-        if weight is None or not isinstance(layer, Linear):
-            fix = "Round its base again with `tunesmith round`."
-            raise ModelError(f"{name} is not what was rounded to 8 bits", where=str(folder), fix=fix)
+        layer = layers.get(name)
+        fits = layer is not None and layer.weight.shape[:1] == steps.shape
+        weight = multiples(layer.weight.detach(), steps) if layer and fits else None
+        if layer is None or weight is None:
+            raise ModelError(f"{name} is not what was rounded to 8 bits", where=str(folder), fix=_AGAIN)
         layer.weight = nn.Parameter(weight.to(device), requires_grad=False)
         layer.steps = steps.to(device, met_as(layer.weight))
     for tensor in {*hf.parameters(), *hf.buffers()} if device.type == "cuda" else ():

@@ -17,14 +17,14 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from ..errors import ModelError
 from ..folder import MANIFEST, read_json, write_json, write_manifest, written_aside
-from .eight_bits import matrices, rounded, write_steps
+from .eight_bits import RECORD, matrices, rounded, write_steps
 from .peft_layout import read_adapter
 from .stored import weight_files
 
 # Beside the weights that transformers reads others may lie. They would stay untuned, and vLLM prefers Mistral's
 # consolidated.safetensors, which it knows by params.json, and Mistral's tokenizers, which know no chat template.
 _MISTRALS = ("params.json", "tekken.json", "tokenizer.model.v*")
-_LEFT_OUT = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", *_MISTRALS, MANIFEST)
+_LEFT_OUT = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", *_MISTRALS, MANIFEST, RECORD)
 # Parts of names that files and the opened model may have in another order, or lack: a Gemma 3 that sees is stored as
 # language_model.model.layers... and opened as model.language_model.layers...
 _WRAPPERS = {"model", "language_model"}

@@ -17,14 +17,12 @@ from ..errors import FolderError, ModelError
 from ..evaluate.forgetting import general_ability
 from ..evaluate.stats import estimate, paired
 from ..folder import read_json, write_json, write_manifest, written_aside
-from ..model.eight_bits import rounded_numbers
+from ..model.eight_bits import RECORD, rounded_numbers
 from ..model.load import check_folder, load, resolve
 from ..model.merge import write_rounded
 from ..model.once import made_once
 from ..screen import Screen
 from ..world import World
-
-RECORD = "rounded.json"
 
 
 def round_base(base: str, out: Path, screen: Screen) -> dict[str, Any]:
