@@ -80,6 +80,7 @@ def test_a_run_over_a_rounded_base_is_judged_exported_and_chained_as_any(
     folder = start(parse_recipe(tiny_recipe(changes)), screen=QUIET)
     assert {"base", "lora"} <= set(read_json(folder.results)["arms"])
     assert any("8 bits" in str(one) for one in read_json(folder.plan)["derived"])
+    assert "the base is approximate" in folder.report.read_text(encoding="utf-8")
     for to in ("adapter", "merged"):
         assert export(folder.path, Wanted(to=to, rows=4), QUIET)["passed"]
     assert not (folder.path / "exports" / "merged" / RECORD).exists()  # it is no rounded base

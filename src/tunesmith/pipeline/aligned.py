@@ -64,7 +64,7 @@ def align(place: Place, base: Model, prompts: Prompts, panel: Panel, begin: Call
     recipe, folder, world, screen = place.recipe, place.folder, place.world, place.screen
     update = recipe.update[0]
     how = at_temperature(recipe, prompts.max_new_tokens)
-    facts = {"max_new_tokens": prompts.max_new_tokens}
+    facts = {"max_new_tokens": prompts.max_new_tokens, "base_notes": base.notes}
     retention = read_choices(recipe.evaluate.retention) if recipe.evaluate.retention else []
     with opened(place, prompts.ledger, facts):
         screen.stage("Before", "the base model's answers, as the panel scores them")

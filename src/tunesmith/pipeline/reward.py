@@ -73,8 +73,9 @@ def learn_reward(place: Place) -> None:
     shares = dict(zip((REWARD, JUDGE), halves(pairs.rows["train"], recipe.data.seed), strict=True))
     if not recipe.preference.halves:
         shares = {REWARD: list(range(len(groups)))}
+    facts = {"base_notes": base.notes}
     del base
-    with opened(place, pairs.ledger, {}):
+    with opened(place, pairs.ledger, facts):
         judged = {}
         for number, (name, share) in enumerate(shares.items()):
             place.screen.stage("Training", f"{name} model on {len(share)} of {len(groups)} pairs")

@@ -118,7 +118,7 @@ def _supervised(place: Place, taught: Mapping[str, Any] | None) -> None:
     """Imitate examples, and compare with the base model and its best prompts, or with the teacher."""
     job, base = _read(place, taught)
     world = place.world
-    with opened(place, job.data.ledger, _facts(job)):
+    with opened(place, job.data.ledger, {**_facts(job), "base_notes": base.notes}):
         before = _baselines(job, base) if world.leads else None
         del base
         world.barrier()

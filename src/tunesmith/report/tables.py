@@ -205,6 +205,7 @@ def origin_table(run: RunRecord) -> Table:
         ("Tunesmith", run.results.get("tunesmith")),
         ("PyTorch", machine.get("torch")),
         ("base model", run.results.get("base") or part(run.recipe, "base")),
+        ("about the base", "; ".join(run.plan.get("base_notes") or ())),
         ("processor", machine.get("cpu")),
         ("cores, threads", " / ".join(words.plain(machine[key]) for key in ("cores", "threads") if machine.get(key))),
         ("memory", words.size(machine["memory_bytes"]) if is_number(machine.get("memory_bytes")) else None),
