@@ -24,7 +24,7 @@ from tunesmith.methods.rollout import read_rollout
 from tunesmith.model.adapters import load_adapter
 from tunesmith.model.load import load, resolve
 from tunesmith.pipeline import tune
-from tunesmith.pipeline.again import evaluate_again
+from tunesmith.pipeline.again import compare_runs, evaluate_again
 from tunesmith.pipeline.pairs import halves, prepare_pairs
 from tunesmith.pipeline.reward import JUDGE, REWARD, load_reward, pair_rewards
 from tunesmith.pipeline.run import run
@@ -112,6 +112,15 @@ def test_several_pairs_of_a_prompt_are_one_observation(reward_run: RunFolder) ->
     results = read_json(reward_run.results)
     assert results["data"]["test"] == 16
     assert results["models"][REWARD]["pair_accuracy"]["n"] == len(prompts) < 16
+
+
+def test_two_reward_models_are_compared_by_how_often_they_are_right(reward_run: RunFolder) -> None:
+    results = read_json(reward_run.results)
+    found = results["models"][REWARD]["pair_accuracy"]
+    ((metric, first, second, change, _),) = compare_runs(reward_run.path, reward_run.path)
+    assert metric == "pair_accuracy"  # the scores themselves have a scale of their own in each run
+    assert first == second == f"{found['value']:.4f}"
+    assert f"n = {found['n']})" in change
 
 
 def test_a_reward_model_is_held_against_other_choices(reward_run: RunFolder, choices: Path, tmp_path: Path) -> None:

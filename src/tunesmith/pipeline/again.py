@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,11 +17,12 @@ from rich.console import Console
 from ..data.curate import curate
 from ..data.read import read
 from ..data.render import prompt_tokens
-from ..data.split import Splits, asked_key, question_key
+from ..data.split import Splits, Unit, asked_key, question_key
 from ..errors import FolderError, RecipeError
 from ..evaluate.measure import measure, scored
 from ..evaluate.metrics import find_metric
-from ..evaluate.stats import contrast, estimate
+from ..evaluate.preferences import right
+from ..evaluate.stats import contrast, estimate, one_each
 from ..evaluate.systems import Prompting
 from ..folder import RunFolder, is_run_folder, read_json, read_jsonl, sha256_file, write_json
 from ..model.load import Model, Vocabulary, load
@@ -126,8 +128,12 @@ def _compared_again(folder: RunFolder, recipe: Recipe, data: str, update: str, s
 
 
 def compare_runs(first: Path, second: Path) -> list[list[str]]:
-    """Paired differences of two runs' tuned models over the test rows that both answered, as table rows."""
+    """Paired differences of two runs' models over the test rows that both answered or judged, as table rows.
+
+    Intervals are of the higher `evaluate.level` of the two.
+    """
     a, b = _answers(first), _answers(second)
+    level = max(load_recipe(run / "recipe.yaml").evaluate.level for run in (first, second))
     shared = [name for name in a if name in b]
     if not shared:
         raise FolderError(
@@ -141,10 +147,10 @@ def compare_runs(first: Path, second: Path) -> list[list[str]]:
         one, two = (
             scored("tuned", shared, {metric: np.array([scores[name][metric] for name in shared])}) for scores in (a, b)
         )
-        found = contrast(one, two, metric)
+        found = contrast(one, two, metric, level)
         d = found.difference
         values = [f"{arm.scores[metric].mean():.4f}" for arm in (one, two)]
-        change = f"{d.value:+.4f} ({d.low:+.4f} to {d.high:+.4f}, n = {d.n})"
+        change = f"{d.value:+.4f} ({100 * d.level:g} %: {d.low:+.4f} to {d.high:+.4f}, n = {d.n})"
         rows.append([metric, *values, change, f"{found.p_value:.2g}"])
     return rows
 
@@ -223,5 +229,19 @@ def _answers(run_folder: Path) -> dict[str, dict[str, float]]:
     folder = RunFolder(path=run_folder)
     if not folder.results.is_file():
         raise FolderError("the run has no results.json", where=str(run_folder), fix="Finish it with `tunesmith run`.")
-    subject = read_json(folder.results)["subject"]
-    return {line["id"]: line["scores"] for line in read_jsonl(folder.answers(subject))}
+    results = read_json(folder.results)
+    lines = read_jsonl(folder.answers(results["subject"]))
+    if results.get("method") == "reward":
+        return _rightly_chosen(lines, results["data"]["split_by"])
+    return {line["id"]: line["scores"] for line in lines}
+
+
+def _rightly_chosen(lines: Sequence[Mapping[str, Any]], unit: Unit) -> dict[str, dict[str, float]]:
+    """A reward model's accuracy by observation, as its run has it: each run's scores have a scale of their own."""
+    scores = np.array([[line["scores"][side] for side in ("chosen", "rejected")] for line in lines])
+    asked = [_prompt_of(line) or line["id"] for line in lines]
+    if unit != "prompt":
+        pairs = [sorted((line["chosen"], line["rejected"])) for line in lines]
+        asked = [json.dumps([prompt, *pair]) for prompt, pair in zip(asked, pairs, strict=True)]
+    means = one_each(right(scores), asked)
+    return {name: {"pair_accuracy": float(mean)} for name, mean in zip(dict.fromkeys(asked), means, strict=True)}
