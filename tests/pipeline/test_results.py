@@ -34,7 +34,8 @@ def measurement(arm: str, prompt_tokens: int = 10, **scores: list[float]) -> Mea
 def findings(*measured: Measurement, best: str, **rest: Any) -> Findings:
     arms = {one.arm: one for one in measured}
     trained = {name: TRAIN for name in ("lora", "full") if name in arms}
-    known: dict[str, Any] = {"forgetting": {}, "shots": 2, "subject": "lora", "product_parameters": 1000, "facts": {}}
+    size = {"product_parameters": 1000, "head_parameters": 0}
+    known: dict[str, Any] = {"forgetting": {}, "shots": 2, "subject": "lora", "facts": {}, **size}
     return Findings(measurements=arms, trained=trained, best_prompted=best, **{**known, **rest})
 
 

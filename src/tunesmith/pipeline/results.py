@@ -31,6 +31,7 @@ class Findings:
     shots: int
     subject: str
     product_parameters: int
+    head_parameters: int
     facts: Mapping[str, Any]
 
 
@@ -76,7 +77,7 @@ def conclude(recipe: Recipe, found: Findings) -> dict[str, Any]:
         "arms": arms,
         "contrasts": [asdict(one) for one in contrasts],
         "forgetting": lost,
-        "savings": savings(arms, found.subject, found.best_prompted, _parameters(recipe, found)),
+        "savings": _savings(recipe, found, arms),
         "plan": {name: _against_plan(train) for name, train in found.trained.items()},
         "test_reads": 1,
         **found.facts,
@@ -95,9 +96,10 @@ def conclude(recipe: Recipe, found: Findings) -> dict[str, Any]:
     return results
 
 
-def _parameters(recipe: Recipe, found: Findings) -> int | None:
-    """Weights of both models whose tokens are compared; None where the teacher is not the student's base."""
-    return found.product_parameters if recipe.task.teacher.by in ("", recipe.base) else None
+def _savings(recipe: Recipe, found: Findings, arms: Mapping[str, Any]) -> dict[str, Any]:
+    """What the judged model saves; of compute only against its own base, not against a teacher of another size."""
+    size = found.product_parameters if recipe.task.teacher.by in ("", recipe.base) else None
+    return savings(arms, found.subject, found.best_prompted, size, found.head_parameters)
 
 
 def _contrasts(recipe: Recipe, found: Findings) -> list[Contrast]:

@@ -56,6 +56,7 @@ class Before:
     measured: Mapping[str, Measurement]
     remembered: Remembered | None
     product_parameters: int
+    head_parameters: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +163,7 @@ def _baselines(job: Job, base: Model) -> Before:
         measured=asked | look_up(data.rows, data.test_items, asking, folder),
         remembered=remember(base, job.retention) if recipe.evaluate.forgetting else None,
         product_parameters=base.product_parameters,
+        head_parameters=base.head_weight.numel(),
     )
 
 
@@ -205,6 +207,7 @@ def _findings(job: Job, before: Before, after: Mapping[str, After], *, seconds: 
         shots=before.selected.shots,
         subject=max(after, key=lambda name: sign * after[name].valid_metric),
         product_parameters=before.product_parameters,
+        head_parameters=before.head_parameters,
         facts=facts,
     )
 

@@ -1,9 +1,9 @@
 """What tuning costs and what it gives back: prompt tokens saved, the break-even point, LoRA as a share of full.
 
 Plain functions over the `arms` of `results.json` and per-item scores. Compute is counted as 2 N floating-point
-operations per token and forward pass for a model of N parameters (Kaplan et al. 2020, arXiv 2001.08361), so attention
-is left out and the saving of a long prompt is, if anything, understated. A server that caches prompt prefixes
-saves part of it without tuning; the report says so.
+operations per token and forward pass for a model of N parameters (Kaplan et al. 2020, arXiv 2001.08361), those of the
+head for tokens of answers only; so attention is left out, and the saving of a long prompt is, if anything, understated.
+A server that caches prompt prefixes saves part of it without tuning; the report says so.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ FLOPS_PER_PARAMETER_AND_TOKEN = 2
 _CHUNK_ROWS = 256  # resamples drawn at once: 256 x 100,000 items stay under 0.3 GB
 
 
-def savings(arms: Mapping[str, Mapping[str, Any]], tuned: str, prompted: str, parameters: int | None) -> dict[str, Any]:
+def savings(
+    arms: Mapping[str, Mapping[str, Any]], tuned: str, prompted: str, parameters: int | None, head: int = 0
+) -> dict[str, Any]:
     """What one request to `tuned` saves against `prompted`, and when that repays the training.
 
     fraction = 1 - tuned prompt tokens / prompted ones; negative when the tuned arm reads more. Compute is saved by all
     tokens, those of the answers too. An unknown is None: the compute saved where `prompted` is another model, of which
-    `parameters` would say nothing.
+    `parameters` would say nothing. `head` of them meet only tokens of answers.
     """
     before, after = (_number(arms.get(arm, {}).get("prompt_tokens_per_request")) for arm in (prompted, tuned))
     wrote, writes = (
@@ -35,29 +37,31 @@ def savings(arms: Mapping[str, Mapping[str, Any]], tuned: str, prompted: str, pa
     )
     training_flops = _number((arms.get(tuned, {}).get("train") or {}).get("flops"))
     saved = before - after if before is not None and after is not None else None
-    in_all = None if saved is None else saved + wrote - writes
+    in_all = compute = None
+    if saved is not None:
+        in_all = saved + wrote - writes
+        if parameters is not None:
+            compute = FLOPS_PER_PARAMETER_AND_TOKEN * (parameters * in_all - head * saved)
     return {
         "tuned": tuned,
         "prompted": prompted,
         "prompt_tokens_saved_per_request": saved,
         "prompt_tokens_saved_fraction": saved / before if saved is not None and before else None,
         "tokens_saved_per_request": in_all,
-        "flops_saved_per_request": None
-        if in_all is None or parameters is None
-        else FLOPS_PER_PARAMETER_AND_TOKEN * parameters * in_all,
+        "flops_saved_per_request": compute,
         "training_flops": training_flops,
-        "break_even_requests": break_even_requests(training_flops, in_all, parameters or 0),
+        "break_even_requests": break_even_requests(training_flops, compute),
     }
 
 
-def break_even_requests(training_flops: float | None, saved_tokens: float | None, parameters: int) -> int | None:
-    """Requests after which the tokens saved have repaid training: ceil(training FLOPs / (2 N saved)).
+def break_even_requests(training_flops: float | None, saved: float | None) -> int | None:
+    """Requests after which the FLOPs `saved` by each have repaid training.
 
     None when nothing is saved or the cost of training is unknown.
     """
-    if training_flops is None or saved_tokens is None or saved_tokens <= 0 or parameters <= 0:
+    if training_flops is None or saved is None or saved <= 0:
         return None
-    return math.ceil(training_flops / (FLOPS_PER_PARAMETER_AND_TOKEN * parameters * saved_tokens))
+    return math.ceil(training_flops / saved)
 
 
 def lora_versus_full(

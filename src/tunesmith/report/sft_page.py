@@ -83,13 +83,13 @@ def _break_even(run: RunRecord) -> str:
         shown = words.rounded_count(requests)
         return f"{told}; by its shorter answers training is repaid after about {shown} requests."
     told = f"A request to {tuned} reads {words.percent(fraction)} fewer prompt tokens than {against}."
-    saved = part(saving, "tokens_saved_per_request")
+    saved = part(saving, "flops_saved_per_request")
     if is_number(saved) and saved <= 0:
         return f"{told} Its longer answers cost as much again or more: training is not repaid in tokens."
     if not is_number(requests):
         return f"{told} The compute of training is not known, so neither is the break-even point."
     return (
-        f"{told} At 2 floating-point operations per parameter and token, those of answers included, training is "
-        f"repaid after about {words.rounded_count(requests)} requests. A server that caches prompt prefixes saves part "
-        "of these tokens without tuning, which moves that point further out."
+        f"{told} At 2 floating-point operations per parameter and token, those of answers included and the output "
+        f"layer for these alone, training is repaid after about {words.rounded_count(requests)} requests. A server "
+        "that caches prompt prefixes saves part of these tokens without tuning, which moves that point further out."
     )
