@@ -15,8 +15,10 @@ from rich.console import Console
 
 from tunesmith.errors import FolderError
 from tunesmith.report.examples import choose, outcomes, shown_rows
+from tunesmith.report.findings import interval
 from tunesmith.report.page import print_report, render_page, write_report
 from tunesmith.report.record import read_record
+from tunesmith.types import Estimate
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(1)> ![x](http://evil.example/a.png) [bold red]{{ 7 * 7 }}"
 
@@ -273,6 +275,12 @@ def test_headlines_speak_of_the_arm_that_validation_chose(
     record.results["subject"] = "full"
     assert record.subject == "full"
     assert "Tuning with full fine-tuning lifts" in text_of(render_page(record))
+
+
+@pytest.mark.parametrize(("level", "told"), [(0.999, "99.9%"), (0.975, "97.5%"), (2 * 0.95 - 1, "90%")])
+def test_an_interval_is_told_with_its_very_level(level: float, told: str) -> None:
+    found = Estimate(value=0.5, low=0.4, high=0.6, n=100, level=level)
+    assert interval("exact_match", found).startswith(f"{told} interval ")
 
 
 def test_a_prompt_that_is_no_shorter_may_be_repaid_by_shorter_answers(

@@ -88,4 +88,4 @@ def what_rows_show(recipe: Recipe, rows: int) -> tuple[float | None, str]:
         return None, f"{rows} test rows; what they can show of {metric} depends on its spread, and the verdict says it"
     smallest = smallest_difference(rows, level)
     shown = f"{rows} test rows can show a difference of {100 * smallest:.1f} points"
-    return smallest, f"{shown} (level {level:.0%}, power 80%)"
+    return smallest, f"{shown} (level {100 * level:g}%, power 80%)"

@@ -258,7 +258,7 @@ def _axis_label(metric: str) -> str:
 
 def basis(score: Estimate) -> str:
     """What an interval rests on: `95% interval, n = 200`."""
-    return f"{words.percent(score.level)} interval, n = {words.count(score.n)}"
+    return f"{words.level_text(score.level)} interval, n = {words.count(score.n)}"
 
 
 def _share_of(wins: int, total: int) -> str:

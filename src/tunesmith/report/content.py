@@ -84,4 +84,4 @@ def _inline(chart: Chart | None) -> dict[str, Any] | None:
 
 def _level(run: RunRecord) -> str:
     levels = [found.level for arm in run.arms if (found := run.estimate(arm))]
-    return words.percent(levels[0]) if levels else "95%"
+    return words.level_text(levels[0]) if levels else "95%"

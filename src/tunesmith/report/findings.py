@@ -186,4 +186,4 @@ def cost_tile(run: RunRecord) -> Tile:
 def interval(metric: str, estimate: Estimate, *, difference: bool = False) -> str:
     """`95% interval 68.0 to 74.0`."""
     bounds = words.interval_text(metric, estimate, difference=difference)
-    return f"{words.percent(estimate.level)} interval {bounds}"
+    return f"{words.level_text(estimate.level)} interval {bounds}"

@@ -89,7 +89,7 @@ def by_length_chart(run: RunRecord) -> Chart | None:
         label_rows(axes, [textwrap.fill(label, _LABEL_CHARACTERS) for label in labels])
         low, high = min(50.0, *(100 * score.low for _, score in rows)), max(100 * score.high for _, score in rows)
         axes.set_xlim(low - 0.04 * (high - low), high + 0.2 * (high - low or 1.0))
-        axes.set_xlabel(f"pair accuracy (%), {words.percent(rows[0][1].level)} interval")
+        axes.set_xlabel(f"pair accuracy (%), {words.level_text(rows[0][1].level)} interval")
         worst, best = (f(rows, key=lambda row: row[1].value) for f in (min, max))
         title = f"Least often right where {worst[0]}: {words.metric_text(_METRIC, worst[1].value)}"
         if worst[1].low <= best[1].high and best[1].low <= worst[1].high:

@@ -93,6 +93,11 @@ def percent(fraction: Any, decimals: int = 0) -> str:
     return signed(f"{100 * fraction:.{decimals}f}%") if is_number(fraction) else ABSENT
 
 
+def level_text(level: float) -> str:
+    """`97.5%`: an interval's level with all its digits, or 99.9 % would be certain."""
+    return f"{100 * level:g}%"
+
+
 def count(value: Any) -> str:
     """`1,030`; a fractional count keeps one decimal."""
     if not is_number(value):
