@@ -137,11 +137,11 @@ def test_two_runs_are_compared_on_rows_and_metrics_that_both_have(copy: Path, fi
     run_folder = finished_run.with_name("run")
     table = compare_runs(run_folder, copy)
     assert [row[0] for row in table] == ["exact_match", "token_f1"]
-    assert all("(95 %: " in row[3] and "n = 20" in row[3] for row in table)
+    assert all("(95%: " in row[3] and "n = 20" in row[3] for row in table)
     recipe = copy / "recipe.yaml"
     recipe.write_text(re.sub(r"level: 0\.95", "level: 0.99", recipe.read_text(encoding="utf-8")), encoding="utf-8")
     surer = compare_runs(run_folder, copy)
-    assert all("(99 %: " in row[3] for row in surer)  # the more careful of the two
+    assert all("(99%: " in row[3] for row in surer)  # the more careful of the two
     answers = RunFolder(path=copy).answers(read_json(copy / "results.json")["subject"])
     lines = read_jsonl(answers)
     write_jsonl(answers, [{**line, "scores": {"chrf": 1.0}} for line in lines])

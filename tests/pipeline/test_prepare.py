@@ -180,7 +180,7 @@ def test_what_rows_show_is_known_beforehand_for_right_or_wrong_only(tiny_recipe:
     assert 0 < smallest < 1
     assert f"100 test rows can show a difference of {100 * smallest:.1f} points" in told
     assert what_rows_show(parse_recipe(tiny_recipe({"task.metric": "completion_loss"})), 100)[0] is None
-    assert "(level 97.5 %," in what_rows_show(parse_recipe(tiny_recipe({"evaluate.level": 0.975})), 100)[1]
+    assert "(level 97.5%," in what_rows_show(parse_recipe(tiny_recipe({"evaluate.level": 0.975})), 100)[1]
 
 
 def test_too_few_test_rows_are_said_to_carry_no_verdict(tiny_recipe: Make) -> None:

@@ -150,7 +150,7 @@ def compare_runs(first: Path, second: Path) -> list[list[str]]:
         found = contrast(one, two, metric, level)
         d = found.difference
         values = [f"{arm.scores[metric].mean():.4f}" for arm in (one, two)]
-        change = f"{d.value:+.4f} ({100 * d.level:g} %: {d.low:+.4f} to {d.high:+.4f}, n = {d.n})"
+        change = f"{d.value:+.4f} ({100 * d.level:g}%: {d.low:+.4f} to {d.high:+.4f}, n = {d.n})"
         rows.append([metric, *values, change, f"{found.p_value:.2g}"])
     return rows
 
