@@ -19,9 +19,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tunesmith import __version__, cli, recipe
+from tunesmith import __version__, cli, mistakes, recipe
+from tunesmith.errors import RecipeError
 from tunesmith.folder import RunFolder, locked
-from tunesmith.mistakes import NAMES_ELSEWHERE
 
 SOURCE = Path(cli.__file__).parents[1]
 Make = Callable[..., dict[str, Any]]
@@ -424,27 +424,39 @@ update:
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"),
+    ("key", "ours"),
     [
-        ("num_train_epochs: 3", "train.epochs"),
-        ("train: {per_device_train_batch_size: 8}", "train.batch"),
-        ("lora: {r: 16}", "lora.rank"),
-        ("lora_alpha: 16", "lora.alpha"),
-        ("learning_rate: 1e-4", "train.learning_rate"),
-        ("model_name_or_path: x/y", "base"),
-        ("datasets: []", "data.train"),
-        ("load_in_8bit: true", "lora.weights"),
+        ("num_train_epochs", "train.epochs"),
+        ("train.per_device_train_batch_size", "train.batch"),
+        ("gradient_accumulation_steps", "train.batch"),
+        ("train.lora_r", "lora.rank"),
+        ("lora.target_modules", "lora.target"),
+        ("max_seq_length", "data.max_tokens"),
+        ("data.dataset", "data.train"),
+        ("model", "base"),
+        ("output_dir", "out"),
     ],
 )
-def test_keys_of_other_programs_are_told_what_they_are_called_here(shell: Shell, written: str, meant: str) -> None:
-    done = shell("run", shell.write("job.yaml", f"data: {{train: rows.jsonl}}\n{written}\n"))
-    refused(done, f"Did you mean {meant!r}?")
+def test_a_key_of_another_tool_is_told_by_its_name_here(shell: Shell, tiny_recipe: Make, key: str, ours: str) -> None:
+    path = shell.write("job.yaml", tiny_recipe())
+    refused(shell("run", path, "--set", f"{key}=8"), f"unknown key '{key}'\nHere it is '{ours}'")
 
 
-def test_a_name_from_elsewhere_means_one_key_of_a_recipe() -> None:
-    names = [name for others in NAMES_ELSEWHERE.values() for name in others.split()]
-    assert len(names) == len(set(names))
-    assert set(NAMES_ELSEWHERE) <= set(recipe.known_keys())
+def test_what_nobody_has_to_choose_is_told_to_be_left_out(shell: Shell, tiny_recipe: Make) -> None:
+    refused(shell("run", shell.write("job.yaml", tiny_recipe({"lora.dropout": 0.1}))), "Leave it out")
+
+
+def test_what_other_tools_call_our_keys_names_keys_that_there_are_and_none_twice() -> None:
+    theirs = [name for names in mistakes.ELSEWHERE.values() for name in names] + sorted(mistakes.NOT_HERE)
+    assert set(mistakes.ELSEWHERE) <= set(recipe.known_keys())
+    assert len(theirs) == len(set(theirs))
+    assert not set(theirs) & set(recipe.known_keys())
+
+
+def test_a_wrong_recipe_is_told_alike_in_python_and_in_a_file() -> None:
+    with pytest.raises(RecipeError, match=r"recipe: data = 'x\.jsonl': .*\nWrite data: \{train: x\.jsonl\}\."):
+        recipe.Recipe(data="x.jsonl")  # pyright: ignore[reportArgumentType]
+    assert recipe.Recipe(data=recipe.DataSpec(train="x.jsonl")).data.train == "x.jsonl"
 
 
 @pytest.mark.parametrize("command", ["run", "distill", "check", "plan"])

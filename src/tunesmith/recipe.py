@@ -7,12 +7,20 @@ what `train/plan.py` derives is printed with its reason and saved in `plan.json`
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .mistakes import explain
 from .written import written
@@ -257,6 +265,16 @@ class Recipe(Spec):
     evaluate: EvaluateSpec = EvaluateSpec()
     out: PathName | None = Field(default=None, description="run folder; runs/<recipe name> unless given")
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explained(cls, value: Any, handler: Callable[[Any], Any], info: Any) -> Any:
+        """A wrong recipe is told alike in Python and in a file: as a RecipeError."""
+        try:
+            return handler(value)
+        except ValidationError as error:
+            about = info.context or {}
+            raise explain(error, about.get("where", "recipe"), about.get("places", {}), _meanings()) from None
+
     @property
     def weights(self) -> Weights:
         """How the base is kept in memory; full fine-tuning moves every weight, in float32."""
@@ -296,10 +314,7 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe", places: Mapping[str
 
     Raises RecipeError with place, key and reason of every mistake, and the nearest known key for an unknown one.
     """
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise explain(error, where, places or {}, _meanings()) from None
+    return Recipe.model_validate(raw, context={"where": where, "places": places or {}})
 
 
 def dump_recipe(recipe: Recipe) -> str:
