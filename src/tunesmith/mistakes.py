@@ -106,7 +106,7 @@ def _known(key: str, meanings: Mapping[str, str]) -> str:
             return f"Here it is {ours!r}" + (f": {meanings[ours]}." if meanings[ours] else ".")
     if leaf in NOT_HERE:
         return "Leave it out: there is nothing to choose. See `tunesmith schema` for the known keys."
-    near = difflib.get_close_matches(key, meanings, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key, meanings, n=1, cutoff=0.65)
     guesses = [name for name in meanings if name.split(".")[-1] == leaf] or near
     if not guesses:
         return "See `tunesmith schema` for the known keys."

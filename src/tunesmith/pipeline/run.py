@@ -158,6 +158,8 @@ def _baselines(job: Job, base: Model) -> Before:
     asked = {arm.name: ask(arm.name, base, arm, data.test_items, asking, folder, screen) for arm in selected.arms}
     if job.taught is not None:
         asked[TEACHER] = grade_teacher(data.test_items, asking, folder)
+    if recipe.evaluate.forgetting:
+        screen.line("base: general ability, to tell later what was forgotten")
     return Before(
         selected=selected,
         measured=asked | look_up(data.rows, data.test_items, asking, folder),
@@ -184,7 +186,9 @@ def _tuned(job: Job, update: Update, before: Before | None) -> After:
     if before:
         prompting = Prompting(name=update)
         measured = ask(update, tuned.model, prompting, data.test_items, asking, place.folder, place.screen)
-        forgetting = forgotten(before.remembered, tuned.model) if before.remembered else None
+        if before.remembered:
+            place.screen.line(f"{update}: general ability")
+            forgetting = forgotten(before.remembered, tuned.model)
     return After(train=tuned.train, valid_metric=tuned.valid_metric, measured=measured, forgetting=forgetting)
 
 
